@@ -1,0 +1,1 @@
+"""Watching what the capture pipelines produce."""

@@ -1,0 +1,290 @@
+"""One network connection of the session: an awscrt client that is started once, and the operations in flight on it.
+
+awscrt calls back on its own native thread; every callback here only hands over to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from awscrt import http, io, mqtt5
+from awscrt.exceptions import AwsCrtError
+
+from agent.cloud import identity
+from agent.cloud.offline import Failure
+from agent.errors import CloudError
+from agent.logs import get_logger
+from agent.settings import Cloud
+
+ALPN_PORT = 443
+ALPN = "x-amzn-mqtt-ca"
+IN_FLIGHT = 20
+ACK_TIMEOUT_S = 30
+STOP_TIMEOUT_S = 10.0
+ABANDON_TIMEOUT_S = 1.0
+NEVER_BY_ITSELF_MS = 86_400_000
+
+log = get_logger("cloud")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that a connection depends on."""
+
+    client_id: str
+    cloud: Cloud
+    certificate_file: Path
+    private_key_file: Path
+    will: tuple[str, bytes] | None
+
+
+class Connection:
+    """From start() to close(). `opened` gives whether the session was resumed, `ended` why the connection is over."""
+
+    def __init__(self, make_client: Callable[[Connection], Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.opened: asyncio.Future[bool] = loop.create_future()
+        self.ended: asyncio.Future[Failure] = loop.create_future()
+        self._stopped = asyncio.Event()
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._pending: set[asyncio.Future[Any]] = set()
+        self._over = False
+        self._client = make_client(self)
+
+    @classmethod
+    def prepare(
+        cls, options: Options, on_message: Callable[[str, bytes], None], loop: asyncio.AbstractEventLoop
+    ) -> tuple[Connection, str]:
+        """A connection ready to start, and its certificate's id. Blocking: reads files. Raises CloudError."""
+        certificate, tls = _tls_context(options)
+
+        def make_client(connection: Connection) -> Any:
+            return mqtt5.Client(_client_options(options, tls, connection, on_message))
+
+        return cls(make_client, loop), identity.certificate_id(certificate)
+
+    def hand_over(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run `function` on the event loop; harmless when that is closed already."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            pass
+
+    def start(self) -> None:
+        """Send the CONNECT."""
+        self._client.start()
+
+    async def close(self) -> None:
+        """End with a DISCONNECT, so that the will is not sent, and let go of the client; takes at most 10 s.
+
+        A failed TLS handshake keeps the client busy for up to 30 s; nobody needs to wait for that.
+        """
+        self._client.stop(mqtt5.DisconnectPacket())
+        limit = STOP_TIMEOUT_S if self.opened.done() else ABANDON_TIMEOUT_S
+        try:
+            async with asyncio.timeout(limit):
+                await self._stopped.wait()
+        except TimeoutError:
+            log.debug("the MQTT client did not stop in time", timeout_s=limit)
+        finally:
+            self._client = None
+
+    async def publish(self, topic: str, payload: bytes) -> int:
+        """Send with QoS 1; the reason code of the PUBACK. Raises CloudError when the connection ends before."""
+        packet = mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
+        completion = await self._operate(lambda: self._client.publish(packet))
+        return int(completion.puback.reason_code)
+
+    async def subscribe(self, topic_filters: Sequence[str]) -> list[int]:
+        """Subscribe with QoS 1; one reason code for each filter. Raises CloudError when no SUBACK comes."""
+        packet = mqtt5.SubscribePacket([mqtt5.Subscription(name, mqtt5.QoS.AT_LEAST_ONCE) for name in topic_filters])
+        suback = await self._operate(lambda: self._client.subscribe(packet))
+        return [int(code) for code in suback.reason_codes]
+
+    def fail(self) -> None:
+        """The connection is over: end all that waits for it."""
+        self._over = True
+        for future in self._pending:
+            if not future.done():
+                future.set_exception(
+                    CloudError("connection_lost", "the connection broke off before the answer came", retryable=True)
+                )
+            self._slots.release()
+        self._pending.clear()
+
+    async def _operate(self, begin: Callable[[], concurrent.futures.Future[Any]]) -> Any:
+        """Run a client operation. Its slot stays taken until awscrt is done with it, even when the caller gives up."""
+        await self._slots.acquire()
+        if self._over:
+            self._slots.release()
+            raise CloudError("offline", "the connection to AWS IoT ended before the message was sent", retryable=True)
+        outcome: asyncio.Future[Any] = self._loop.create_future()
+        try:
+            operation = begin()
+        except BaseException as error:
+            self._slots.release()
+            if isinstance(error, (AwsCrtError, RuntimeError)):
+                raise CloudError("message_not_valid", f"the message can't be sent: {error}") from error
+            raise
+        self._pending.add(outcome)
+        operation.add_done_callback(lambda done: self.hand_over(self._finish, outcome, done))
+        try:
+            return await outcome
+        except AwsCrtError as error:
+            raise _operation_error(error) from error
+
+    def _finish(self, outcome: asyncio.Future[Any], operation: concurrent.futures.Future[Any]) -> None:
+        if outcome not in self._pending:
+            return
+        self._pending.discard(outcome)
+        self._slots.release()
+        if outcome.done():
+            return
+        error = operation.exception()
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(operation.result())
+
+    def on_up(self, data: Any) -> None:
+        """Native thread: CONNACK with success."""
+        self.hand_over(_resolve, self.opened, bool(data.negotiated_settings.rejoined_session))
+
+    def on_refused(self, data: Any) -> None:
+        """Native thread: no connection came about."""
+        code = data.connack_packet.reason_code if data.connack_packet else None
+        failure = Failure(_error_name(data.exception), None if code is None else int(code))
+        self.hand_over(self._end, failure)
+
+    def on_down(self, data: Any) -> None:
+        """Native thread: the connection ended."""
+        code = data.disconnect_packet.reason_code if data.disconnect_packet else None
+        failure = Failure(_error_name(data.exception), None if code is None else int(code), was_connected=True)
+        self.hand_over(self._end, failure)
+
+    def on_stopped(self, _: Any) -> None:
+        """Native thread: nothing will happen any more."""
+        self.hand_over(self._stopped.set)
+
+    def _end(self, failure: Failure) -> None:
+        _resolve(self.ended, failure)
+        self.fail()
+
+
+def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _operation_error(error: AwsCrtError) -> CloudError:
+    if "VALIDATION" in error.name:
+        return CloudError("message_not_valid", f"the message can't be sent: {error.message}")
+    return CloudError("no_answer", f"AWS IoT did not answer: {error.name}", retryable=True)
+
+
+def _error_name(error: BaseException | None) -> str:
+    return str(getattr(error, "name", "") or type(error).__name__)
+
+
+@cache
+def _bootstrap() -> Any:
+    """The process's one native event-loop thread and resolver."""
+    group = io.EventLoopGroup(1)
+    return io.ClientBootstrap(group, io.DefaultHostResolver(group))
+
+
+def _tls_context(options: Options) -> tuple[bytes, Any]:
+    cloud = options.cloud
+    authority = _read(cloud.ca_file, "cloud.ca_file")
+    certificate = _read(options.certificate_file, "the device certificate")
+    key = _read(options.private_key_file, "the private key")
+    tls = io.TlsContextOptions.create_client_with_mtls(certificate, key)
+    tls.override_default_trust_store(authority)
+    tls.min_tls_ver = io.TlsVersion.TLSv1_2
+    if cloud.port == ALPN_PORT:
+        tls.alpn_list = [ALPN]
+    try:
+        return certificate, io.ClientTlsContext(tls)
+    except (AwsCrtError, RuntimeError) as error:
+        raise CloudError(
+            "certificate",
+            f"the certificate, its private key or ca_file can't be used: {error}",
+            f"check {options.certificate_file}, {options.private_key_file} and {cloud.ca_file}; the first two must be a pair",
+        ) from error
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CloudError(
+            "certificate", f"{what} can't be read: {path}: {error.strerror}", "make it a PEM file the agent may read"
+        ) from error
+
+
+def _proxy(url: str) -> Any:
+    if not url:
+        return None
+    parts = urlsplit(url)
+    authenticated = parts.username is not None
+    return http.HttpProxyOptions(
+        host_name=parts.hostname,
+        port=parts.port or 80,
+        auth_type=http.HttpProxyAuthenticationType.Basic if authenticated else http.HttpProxyAuthenticationType.Nothing,
+        auth_username=unquote(parts.username or "") if authenticated else None,
+        auth_password=unquote(parts.password or "") if authenticated else None,
+        connection_type=http.HttpProxyConnectionType.Tunneling,
+    )
+
+
+def _client_options(
+    options: Options, tls: Any, connection: Connection, on_message: Callable[[str, bytes], None]
+) -> Any:
+    cloud = options.cloud
+
+    def on_publish(data: Any) -> None:
+        packet = data.publish_packet
+        connection.hand_over(on_message, packet.topic, bytes(packet.payload or b""))
+
+    will = None
+    if options.will:
+        topic, payload = options.will
+        will = mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
+    return mqtt5.ClientOptions(
+        host_name=cloud.endpoint,
+        port=cloud.port,
+        bootstrap=_bootstrap(),
+        socket_options=io.SocketOptions(),
+        tls_ctx=tls,
+        http_proxy_options=_proxy(cloud.proxy_url),
+        connect_options=mqtt5.ConnectPacket(
+            client_id=options.client_id,
+            keep_alive_interval_sec=cloud.keep_alive_s,
+            session_expiry_interval_sec=cloud.session_expiry_s,
+            will=will,
+        ),
+        session_behavior=mqtt5.ClientSessionBehaviorType.REJOIN_ALWAYS
+        if cloud.session_expiry_s
+        else mqtt5.ClientSessionBehaviorType.CLEAN,
+        offline_queue_behavior=mqtt5.ClientOperationQueueBehaviorType.FAIL_ALL_ON_DISCONNECT,
+        extended_validation_and_flow_control_options=mqtt5.ExtendedValidationAndFlowControlOptions.AWS_IOT_CORE_DEFAULTS,
+        retry_jitter_mode=mqtt5.ExponentialBackoffJitterMode.NONE,
+        min_reconnect_delay_ms=NEVER_BY_ITSELF_MS,
+        max_reconnect_delay_ms=NEVER_BY_ITSELF_MS,
+        ping_timeout_ms=min(30_000, cloud.keep_alive_s * 500),
+        connack_timeout_ms=20_000,
+        ack_timeout_sec=ACK_TIMEOUT_S,
+        on_publish_callback_fn=on_publish,
+        on_lifecycle_event_stopped_fn=connection.on_stopped,
+        on_lifecycle_event_connection_success_fn=connection.on_up,
+        on_lifecycle_event_connection_failure_fn=connection.on_refused,
+        on_lifecycle_event_disconnection_fn=connection.on_down,
+        disable_metrics=True,
+    )

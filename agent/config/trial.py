@@ -1,0 +1,90 @@
+"""The record of a configuration on trial, and what a restart in the middle of one means. Pure.
+
+The record is durable before anything is applied, so whatever is cut, whenever: the candidate is tried once more or taken
+back, and after the second unplanned restart, or past the deadline, it is always taken back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from agent.config.desired import Desired, Problem
+
+MAX_ATTEMPTS = 2
+SETTLING_S = 60.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that is being applied and watched, or taken back.
+
+    `previous` holds each touched target's file before the change in base64, None where there was none; `reference` is
+    the gate's picture of the images before the change; times are in epoch seconds.
+    """
+
+    version: int
+    agent: dict[str, Any]
+    targets: dict[str, dict[str, Any]]
+    changed: tuple[str, ...]
+    previous: dict[str, str | None]
+    gated: bool
+    connectivity: bool
+    stable_for_s: float
+    reach_within_s: float
+    reference: dict[str, Any]
+    started: float
+    boot_id: str
+    attempts: int = 1
+    phase: Literal["trial", "reverting"] = "trial"
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def desired(self) -> Desired:
+        return Desired(self.agent, self.targets)
+
+    @property
+    def deadline_s(self) -> float:
+        """How long one attempt may take to become stable."""
+        return self.reach_within_s + 3 * self.stable_for_s + SETTLING_S
+
+    @property
+    def deadline(self) -> float:
+        """When the last attempt must have ended; it holds across boots."""
+        return self.started + MAX_ATTEMPTS * self.deadline_s
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def from_json(record: dict[str, Any]) -> Trial:
+    """The trial kept by `as_json`. Raises TypeError or KeyError for a record of another form."""
+    problems = tuple(Problem(**problem) for problem in record["problems"])
+    return Trial(**{**record, "changed": tuple(record["changed"]), "problems": problems})
+
+
+def reverting(trial: Trial, problems: list[Problem]) -> Trial:
+    """The decision to take the candidate back, and why."""
+    return replace(trial, phase="reverting", problems=tuple(problems))
+
+
+def after_restart(trial: Trial, now: float, boot_id: str) -> Trial:
+    """How a trial goes on that a restart of the agent or the camera interrupted: once more, or taken back.
+
+    A clock that was set back can't extend it beyond the attempts.
+    """
+    if trial.phase == "reverting":
+        return trial
+    what = "the agent restarted" if boot_id == trial.boot_id else "the camera rebooted"
+    if trial.attempts >= MAX_ATTEMPTS:
+        words = f"{what} during the trial for the second time"
+        return reverting(trial, [Problem("", words, "trial_interrupted")])
+    if now > trial.deadline:
+        words = f"{what} during the trial and came back {now - trial.deadline:.0f} s after its deadline"
+        return reverting(trial, [Problem("", words, "trial_deadline")])
+    return replace(trial, attempts=trial.attempts + 1, boot_id=boot_id)
+
+
+def time_left_s(trial: Trial, now: float) -> float:
+    """Seconds that this attempt may take, at most `deadline_s` and never less than `stable_for_s`."""
+    return max(trial.stable_for_s, min(trial.deadline_s, trial.deadline - now))

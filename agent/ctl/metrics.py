@@ -1,0 +1,23 @@
+"""`agentctl metrics`: every measurement as OpenMetrics text, as Prometheus scrapes it."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from agent.ctl import output
+from agent.ctl.client import Client
+from agent.ctl.exits import ANSWERED
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = "Print all measurements as OpenMetrics text, or as JSON."
+
+
+def run(arguments: Namespace, client: Client) -> int:
+    if arguments.json:
+        output.show_json(client.get("/v1/metrics"))
+    else:
+        sys.stdout.write(client.text("/metrics"))
+        sys.stdout.flush()
+    return ANSWERED

@@ -1,0 +1,139 @@
+"""What agentctl prints: aligned columns within 80 characters, colours only on a terminal, times in local time with zone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+WIDTH = 80
+COLOURS = {"good": "32", "attention": "33", "bad": "31", "quiet": "2", "strong": "1"}
+
+Cell = str | tuple[str, str]
+"""A text, or a text and its colour."""
+
+
+def colourful() -> bool:
+    """Whether escape codes may be written: standard output is a terminal that knows them and nobody said NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def paint(text: str, colour: str) -> str:
+    """`text` in one of COLOURS where colours may be used."""
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if colour and text and colourful() else text
+
+
+def clean(value: Any) -> str:
+    """`value` as text on one line, without the control characters that could play tricks on a terminal."""
+    text = " ".join(str(value).split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def show(lines: Iterable[str] | str) -> None:
+    """Print text that a person reads."""
+    print(lines if isinstance(lines, str) else "\n".join(lines), flush=True)
+
+
+def show_json(document: dict[str, Any], *, line: bool = False) -> None:
+    """Print a JSON object; on one line when it is one of a stream."""
+    document = {"schema": 1, **document}
+    print(json.dumps(document, indent=None if line else 2, ensure_ascii=False), flush=True)
+
+
+def show_error(message: str, hint: str) -> None:
+    """Say on standard error what went wrong, and what to do."""
+    text = f"agentctl: {clean(message)}"
+    hint = clean(hint)
+    if hint and len(text) + len(hint) + 2 <= WIDTH:
+        text += f": {hint}"
+    elif hint:
+        text += f"\n  {hint}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Sequence[Cell]], indent: int = 0) -> list[str]:
+    """Rows in aligned columns, two spaces apart; the last column goes on below itself where the line is full."""
+    plain = [[_text(cell) for cell in row] for row in rows]
+    columns = max((len(row) for row in plain), default=0)
+    widths = [max((len(row[i]) for row in plain if i < len(row) - 1), default=0) for i in range(columns)]
+    lines = []
+    for row, texts in zip(rows, plain, strict=True):
+        start = " " * indent
+        used = indent
+        for i in range(len(row) - 1):
+            start += paint(texts[i], _colour(row[i])) + " " * (widths[i] - len(texts[i]) + 2)
+            used += widths[i] + 2
+        first, *more = wrap(texts[-1], WIDTH - used) if row else [""]
+        lines.append((start + paint(first, _colour(row[-1]))).rstrip() if row else "")
+        lines += [" " * used + paint(line, _colour(row[-1])) for line in more]
+    return lines
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width` characters, broken between words only."""
+    if len(text) <= width:
+        return [text]
+    import textwrap
+
+    return textwrap.wrap(text, max(width, 20), break_on_hyphens=False, break_long_words=False) or [""]
+
+
+def paragraph(label: str, text: str, indent: int) -> list[str]:
+    """`label` and a text that goes on below its own first line."""
+    start = " " * indent + label
+    first, *more = wrap(clean(text), WIDTH - len(start))
+    return [start + first, *(" " * len(start) + line for line in more)]
+
+
+def moment(epoch_s: float | None) -> str:
+    """A time with its zone, `2026-11-23 06:15:09 UTC`; without the date when it is today."""
+    if epoch_s is None:
+        return "-"
+    local = time.localtime(epoch_s)
+    today = local[:3] == time.localtime()[:3]
+    return time.strftime("%H:%M:%S %Z" if today else "%Y-%m-%d %H:%M:%S %Z", local)
+
+
+def duration(seconds: float | None) -> str:
+    """`0.8 s`, `45 s`, `13 min`, `3 h 12 min`, `5 d 2 h`."""
+    if seconds is None:
+        return "-"
+    seconds = max(0.0, seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def size(count: float | None) -> str:
+    """Bytes as `512 B`, `3.4 kB`, `16 MB`."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """A measured number, or a dash when there is none."""
+    return f"{value:.{digits}f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else "-"
+
+
+def _text(cell: Cell) -> str:
+    return clean(cell if isinstance(cell, str) else cell[0])
+
+
+def _colour(cell: Cell) -> str:
+    return "" if isinstance(cell, str) else cell[1]

@@ -1,0 +1,50 @@
+"""Writing files so that a power cut leaves either the old or the new content, never a mixture. Blocking: call in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace `path` with `data`. An existing file keeps its mode and, where permitted, its owner. Raises OSError."""
+    owner = None
+    with contextlib.suppress(FileNotFoundError):
+        before = path.stat()
+        mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
+    candidate = path.with_name(f".{path.name}.new")
+    candidate.unlink(missing_ok=True)
+    descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if owner:
+                with contextlib.suppress(PermissionError):
+                    os.fchown(descriptor, *owner)
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        candidate.rename(path)
+    except BaseException:
+        candidate.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make creations, renames and removals in the folder `path` durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an unprivileged user can still write on the file system of `path`, which need not exist yet."""
+    while not path.exists():
+        path = path.parent
+    usage = os.statvfs(path)
+    return usage.f_bavail * usage.f_frsize

@@ -1,0 +1,131 @@
+"""Running other programs: in their own process group, with a time limit, and with bounded memory for what they print."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TERMINATION_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """The last part of what a program printed, and how many bytes before it were left out."""
+
+    text: str
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended: `exit_code`, or the number of the `signal` that killed it; never both."""
+
+    exit_code: int | None
+    signal: int | None
+    timed_out: bool
+    duration_s: float
+    stdout: Output
+    stderr: Output
+
+    @property
+    def succeeded(self) -> bool:
+        return self.exit_code == 0 and not self.timed_out
+
+    def describe(self) -> str:
+        """The end in words: `exit status 3`, `killed by SIGSEGV`, `no end within 60 s`."""
+        if self.timed_out:
+            return f"no end within {self.duration_s:.0f} s"
+        if self.signal is not None:
+            return f"killed by {signal.Signals(self.signal).name}"
+        return f"exit status {self.exit_code}"
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    user: str | None = None,
+    keep_bytes: int = 8192,
+) -> Result:
+    """Run a program to its end and return how it ended.
+
+    Its output is read without pause and all but the last `keep_bytes` of each stream is thrown away. At `timeout_s`, or
+    when the caller is cancelled, the whole process group gets SIGTERM and, after five seconds, SIGKILL; it is gone when
+    this returns. A program that ends by itself may leave others running. Raises OSError when it can't be started.
+    """
+    started = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=cwd,
+        env=dict(env) if env is not None else None,
+        user=user,
+        group=None if user is None else _primary_group(user),
+        extra_groups=None if user is None else [],
+        start_new_session=True,
+    )
+    assert process.stdout
+    assert process.stderr
+    readers = [asyncio.create_task(_tail(stream, keep_bytes)) for stream in (process.stdout, process.stderr)]
+    timed_out = False
+    try:
+        async with asyncio.timeout(timeout_s):
+            await process.wait()
+    except TimeoutError:
+        timed_out = True
+    finally:
+        if process.returncode is None:
+            await asyncio.shield(_end_group(process))
+        # What it left running may hold the pipes open for ever; what was printed until now is enough.
+        await asyncio.wait(readers, timeout=1.0)
+        for reader in readers:
+            reader.cancel()
+        await asyncio.wait(readers)
+    code = process.returncode if process.returncode is not None else 0
+    stdout, stderr = [
+        reader.result() if reader.done() and not reader.cancelled() else Output("", 0) for reader in readers
+    ]
+    return Result(
+        exit_code=code if code >= 0 else None,
+        signal=-code if code < 0 else None,
+        timed_out=timed_out,
+        duration_s=time.monotonic() - started,
+        stdout=stdout,
+        stderr=stderr,
+    )
+
+
+async def _tail(stream: asyncio.StreamReader, keep: int) -> Output:
+    kept, total = b"", 0
+    while chunk := await stream.read(65536):
+        total += len(chunk)
+        kept = (kept + chunk)[-keep:]
+    return Output(kept.decode("utf-8", "replace"), total - len(kept))
+
+
+async def _end_group(process: asyncio.subprocess.Process) -> None:
+    """SIGTERM, then SIGKILL, to the whole group; returns when its leader is reaped."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(TERMINATION_GRACE_S):
+            await process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _primary_group(user: str) -> int:
+    import pwd
+
+    return pwd.getpwnam(user).pw_gid

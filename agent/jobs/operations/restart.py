@@ -1,0 +1,50 @@
+"""Operation `restart`: the agent itself, or the program of an update target."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from agent.errors import RefusedError
+
+
+class Job(Protocol):
+    """What this operation needs of an execution."""
+
+    @property
+    def document(self) -> Mapping[str, Any]: ...
+    @property
+    def progress(self) -> dict[str, Any]: ...
+    async def save(self, progress: dict[str, Any], message: str) -> None: ...
+
+
+class Restart:
+    """`instance` names this run of the agent: a different one after the restart is the proof that it happened."""
+
+    name = "restart"
+
+    def __init__(
+        self, *, instance: str, restart_agent: Callable[[], None], targets: Mapping[str, Callable[[], Awaitable[None]]]
+    ) -> None:
+        self._instance = instance
+        self._restart_agent = restart_agent
+        self._targets = targets
+
+    def check(self, document: Mapping[str, Any]) -> None:
+        target = document["target"]
+        if target != "agent" and target not in self._targets:
+            known = ", ".join(["agent", *self._targets])
+            raise RefusedError("unknown_target", f"target: {target!r} can't be restarted here", f"use one of {known}")
+
+    async def run(self, job: Job) -> dict[str, str]:
+        target = job.document["target"]
+        if target != "agent":
+            await self._targets[target]()
+            return {"message": f"{target} was restarted"}
+        before = job.progress.get("instance")
+        if before is None:
+            await job.save({"instance": self._instance}, "restarting the agent")
+            self._restart_agent()
+            await asyncio.Event().wait()  # ends with this process
+        return {"message": "the agent was restarted"}

@@ -1,0 +1,253 @@
+"""state.db: the journal of jobs, the outbox, facts that must survive, and the audit trail. The only file that opens it.
+
+SQLite in WAL mode with synchronous=FULL: when `write` returns, a power cut no longer undoes it. All access runs on one
+thread of its own, so that a slow SD card never stops the event loop. Migrations only ever add tables and columns: an
+agent that was rolled back must still be able to work on the file that its successor left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agent.errors import StoreError
+from agent.logs import get_logger
+
+T = TypeVar("T")
+log = get_logger("store")
+
+MIGRATIONS = (
+    """
+    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    CREATE TABLE jobs (
+        job_id TEXT NOT NULL, execution_number INTEGER NOT NULL, record TEXT NOT NULL,
+        finished INTEGER NOT NULL DEFAULT 0, updated_at REAL NOT NULL,
+        PRIMARY KEY (job_id, execution_number)
+    ) STRICT;
+    CREATE TABLE outbox (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, priority INTEGER NOT NULL, topic TEXT NOT NULL,
+        payload BLOB NOT NULL, created_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX outbox_order ON outbox (priority, id);
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+        detail TEXT NOT NULL
+    ) STRICT;
+    """,
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A queued message: `priority` 0 goes before 1; `created_at` is in epoch seconds."""
+
+    id: int
+    priority: int
+    topic: str
+    payload: bytes
+    created_at: float
+
+
+@dataclass(frozen=True)
+class QueueSize:
+    """What waits in the outbox: messages, their payload bytes, and the oldest's time in epoch seconds."""
+
+    messages: int
+    bytes: int
+    oldest_at: float | None
+
+
+class Tables:
+    """What a transaction can do; handed to the functions given to `Store.read` and `Store.write`, on the store's thread."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._sql = connection
+
+    def fact(self, key: str, default: Any = None) -> Any:
+        """The JSON value kept under `key`."""
+        row = self._sql.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else default
+
+    def set_fact(self, key: str, value: Any) -> None:
+        """Keep a JSON value under `key`."""
+        self._sql.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+
+    def delete_fact(self, key: str) -> None:
+        self._sql.execute("DELETE FROM facts WHERE key = ?", (key,))
+
+    def put_job(self, job_id: str, execution_number: int, record: dict[str, Any], *, finished: bool) -> None:
+        """Keep the record of one job execution; `finished` once the cloud has its terminal status."""
+        self._sql.execute(
+            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?)",
+            (job_id, execution_number, json.dumps(record), finished, time.time()),
+        )
+
+    def jobs(self, *, finished: bool | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """Job records, the latest first; of unfinished or finished executions only when asked."""
+        rows = self._sql.execute(
+            "SELECT record FROM jobs WHERE finished = ifnull(?, finished) ORDER BY updated_at DESC, rowid DESC LIMIT ?",
+            (finished, limit),
+        )
+        return [json.loads(row[0]) for row in rows]
+
+    def job(self, job_id: str, execution_number: int | None = None) -> dict[str, Any] | None:
+        """The record of one execution; of the latest one when no number is given."""
+        row = self._sql.execute(
+            "SELECT record FROM jobs WHERE job_id = ? AND execution_number = ifnull(?, execution_number)"
+            " ORDER BY execution_number DESC LIMIT 1",
+            (job_id, execution_number),
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def prune_jobs(self, keep: int) -> None:
+        """Forget all but the latest `keep` finished executions."""
+        self._sql.execute(
+            "DELETE FROM jobs WHERE finished = 1 AND rowid NOT IN"
+            " (SELECT rowid FROM jobs WHERE finished = 1 ORDER BY updated_at DESC LIMIT ?)",
+            (keep,),
+        )
+
+    def enqueue(self, topic: str, payload: bytes, *, priority: int) -> int:
+        """Queue a message and return its id; ids only rise."""
+        cursor = self._sql.execute(
+            "INSERT INTO outbox (priority, topic, payload, created_at) VALUES (?, ?, ?, ?)",
+            (priority, topic, payload, time.time()),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def queued(self, *, limit: int, after: int = 0, before: int | None = None) -> list[Message]:
+        """Messages with `after` < id (< `before`), by priority, then the oldest first."""
+        rows = self._sql.execute(
+            "SELECT id, priority, topic, payload, created_at FROM outbox WHERE id > ? AND id < ifnull(?, id + 1)"
+            " ORDER BY priority, id LIMIT ?",
+            (after, before, limit),
+        )
+        return [Message(*row) for row in rows]
+
+    def newest_queued(self) -> int:
+        """The id of the message queued last, 0 when nothing waits."""
+        return int(self._sql.execute("SELECT ifnull(max(id), 0) FROM outbox").fetchone()[0])
+
+    def dequeue(self, ids: Iterable[int]) -> None:
+        self._sql.executemany("DELETE FROM outbox WHERE id = ?", [(i,) for i in ids])
+
+    def queue_size(self) -> QueueSize:
+        row = self._sql.execute(
+            "SELECT count(*), ifnull(sum(length(payload)), 0), min(created_at) FROM outbox"
+        ).fetchone()
+        return QueueSize(*row)
+
+    def trim_queue(self, *, max_bytes: int, oldest_at: float) -> int:
+        """Drop messages created before `oldest_at`, then the least important oldest ones above `max_bytes`; the number dropped."""
+        dropped = self._sql.execute("DELETE FROM outbox WHERE created_at < ?", (oldest_at,)).rowcount
+        excess = self.queue_size().bytes - max_bytes
+        if excess > 0:
+            doomed = []
+            for row in self._sql.execute("SELECT id, length(payload) FROM outbox ORDER BY priority DESC, id"):
+                if excess <= 0:
+                    break
+                doomed.append(row[0])
+                excess -= row[1]
+            self.dequeue(doomed)
+            dropped += len(doomed)
+        return dropped
+
+    def add_audit(self, actor: str, action: str, detail: dict[str, Any]) -> None:
+        """Note who did what to this camera."""
+        self._sql.execute(
+            "INSERT INTO audit (at, actor, action, detail) VALUES (?, ?, ?, ?)",
+            (time.time(), actor, action, json.dumps(detail)),
+        )
+
+    def audit(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The latest entries of the audit trail, the newest first; `at` in epoch seconds."""
+        rows = self._sql.execute("SELECT id, at, actor, action, detail FROM audit ORDER BY id DESC LIMIT ?", (limit,))
+        return [{"id": r[0], "at": r[1], "actor": r[2], "action": r[3], "detail": json.loads(r[4])} for r in rows]
+
+
+class Store:
+    """The open state.db."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.quarantined: Path | None = None
+        """Where a damaged file was moved to when this one was opened."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._sql: sqlite3.Connection
+
+    @classmethod
+    async def open(cls, path: Path) -> Store:
+        """Open or create the file at `path`, migrating it. A damaged file is moved aside. Raises StoreError."""
+        store = cls(path)
+        try:
+            await store._call(store._open)
+        except BaseException:
+            store._thread.shutdown(wait=False)
+            raise
+        return store
+
+    async def close(self) -> None:
+        """Finish what is under way and close the file."""
+        await self._call(self._sql.close)
+        self._thread.shutdown(wait=False)
+
+    async def read(self, query: Callable[[Tables], T]) -> T:
+        """What `query` returns; it sees one consistent state. Raises StoreError."""
+        return await self._call(lambda: query(Tables(self._sql)))
+
+    async def write(self, change: Callable[[Tables], T]) -> T:
+        """Run `change` in one transaction; durable when this returns, undone when it raises. Raises StoreError."""
+
+        def transaction() -> T:
+            with self._sql:
+                self._sql.execute("BEGIN IMMEDIATE")
+                return change(Tables(self._sql))
+
+        return await self._call(transaction)
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
+        except sqlite3.Error as error:
+            raise StoreError(
+                "store_failed", f"{self.path}: {error}", "check free space and the health of the disk it is on"
+            ) from error
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._sql = self._connect()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            self.quarantined = self.path.with_name(f"{self.path.name}.damaged-{int(time.time())}")
+            log.exception("state.db is damaged, starting an empty one", kept_as=str(self.quarantined))
+            for suffix in ("", "-wal", "-shm"):
+                part = self.path.with_name(self.path.name + suffix)
+                if part.exists():
+                    part.rename(self.quarantined.with_name(self.quarantined.name + suffix))
+            self._sql = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+                connection.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        except BaseException:
+            connection.close()
+            raise
+        self.path.chmod(0o600)
+        return connection

@@ -1,0 +1,243 @@
+"""The gate: what must be seen after a change before it stays, judged from what was seen and when.
+
+A change passes when every check held without a break for `stable_for_s` before the deadline. It fails at the deadline,
+or earlier when a check that proves harm failed for a sustained time; a blip only starts the stable time again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from agent.errors import AgentError, FailedError
+from agent.host import processes
+from agent.logs import get_logger
+
+log = get_logger("gate")
+
+LONGEST_GAP_S = 40.0
+PROBE_TIMEOUT_S = 30.0
+MAX_UNIT_RESTARTS = 3
+
+
+class UnitState(Protocol):
+    """What systemd says of a unit."""
+
+    @property
+    def active(self) -> str: ...
+    @property
+    def sub(self) -> str: ...
+    @property
+    def restarts(self) -> int: ...
+
+
+class Units(Protocol):
+    """Restarting and asking systemd units; raises FailedError."""
+
+    async def restart(self, unit: str) -> None: ...
+    async def state(self, unit: str) -> UnitState: ...
+
+
+class Comparison(Protocol):
+    """The images since a change against those before: `waiting` means not enough seen yet to say."""
+
+    @property
+    def assessed(self) -> int: ...
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def waiting(self) -> bool: ...
+    @property
+    def reasons(self) -> Sequence[str]: ...
+
+
+class Capture(Protocol):
+    """How the images are doing; `since` is the monotonic time of the change in seconds."""
+
+    def reference(self) -> dict[str, Any]: ...
+    def compare(self, reference: dict[str, Any], since: float) -> Comparison: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing seen: `ok` is None while it can't be said.
+
+    `code` is the reason code of a change that fails by it. `harmful_after_s` is how long it must fail without a break
+    to end the trial early; None: only the deadline does.
+    """
+
+    name: str
+    ok: bool | None
+    reason: str = ""
+    code: str = "deadline"
+    harmful_after_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Times of a trial in seconds; `started` is monotonic."""
+
+    started: float
+    stable_for_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judging remembers between two looks."""
+
+    at: float | None = None
+    good_since: float | None = None
+    bad_since: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`passed` is None while the trial goes on; `code` and `reasons` say why it failed, or what it waits for."""
+
+    passed: bool | None
+    code: str = ""
+    reasons: tuple[str, ...] = ()
+
+
+def judge(seen: Seen, checks: Sequence[Check], now: float, terms: Terms) -> tuple[Seen, Verdict]:
+    """Take one look at all checks into account. Pure; `now` is monotonic and never falls."""
+    if seen.at is not None and now - seen.at > LONGEST_GAP_S:
+        seen = Seen()
+    good = all(check.ok for check in checks)
+    good_since = (now if seen.good_since is None else seen.good_since) if good else None
+    bad_since = {check.name: seen.bad_since.get(check.name, now) for check in checks if check.ok is False}
+    seen = replace(seen, at=now, good_since=good_since, bad_since=bad_since)
+    if good_since is not None and now - good_since >= terms.stable_for_s and now <= terms.started + terms.deadline_s:
+        held = ", ".join(check.name for check in checks) or "nothing to look at"
+        return seen, Verdict(True, reasons=(f"held for {terms.stable_for_s:g} s: {held}",))
+    bad = [check for check in checks if check.ok is False]
+    for check in bad:
+        if check.harmful_after_s is not None and now - bad_since[check.name] >= check.harmful_after_s:
+            return seen, Verdict(False, check.code, _reasons([check, *(c for c in bad if c is not check)]))
+    unknown = [check for check in checks if check.ok is None]
+    if now >= terms.started + terms.deadline_s:
+        words = f"not all was well for {terms.stable_for_s:g} s without a break within {terms.deadline_s:g} s"
+        return seen, Verdict(False, bad[0].code if bad else "deadline", (*_reasons(bad + unknown), words))
+    return seen, Verdict(None, reasons=_reasons(bad + unknown) or ("all is well, for long enough is awaited",))
+
+
+def harmful_after_s(stable_for_s: float) -> float:
+    """How long images must be spoilt to end a trial early: half the stable time, within 10 to 60 s."""
+    return min(60.0, max(10.0, stable_for_s / 2))
+
+
+class Gate:
+    """Looks at the unit, the probe, the images and the cloud around a change."""
+
+    def __init__(self, units: Units | None, capture: Capture | None, cloud_ok: Callable[[], bool]) -> None:
+        self._units = units
+        self._capture = capture
+        self._cloud_ok = cloud_ok
+
+    async def baseline(self, *, probe: Sequence[str] | None = None, unit: str = "") -> dict[str, Any]:
+        """How things are just before a change, as JSON for `watch`."""
+        return {
+            "capture": self._capture.reference() if self._capture else None,
+            "cloud": self._cloud_ok(),
+            "probe": (await check_probe(probe)).ok if probe else None,
+            "unit": (await self._unit(unit, _Restarts())).ok if unit else None,
+        }
+
+    async def watch(
+        self,
+        baseline: Mapping[str, Any],
+        *,
+        since: float,
+        stable_for_s: float,
+        deadline_s: float,
+        unit: str = "",
+        probe: Sequence[str] | None = None,
+        cloud: bool | None = None,
+        images: bool = True,
+        on_look: Callable[[Verdict], None] = lambda _: None,
+    ) -> Verdict:
+        """Look again and again until the change at the monotonic time `since` has passed or failed.
+
+        The cloud is asked when it was reachable before, or as `cloud` says; the images unless `images` is False.
+        """
+        terms = Terms(since, stable_for_s, deadline_s)
+        pause = min(5.0, stable_for_s / 10)
+        restarts, seen = _Restarts(), Seen()
+        while True:
+            checks = []
+            if unit:
+                checks.append(await self._unit(unit, restarts))
+            if probe:
+                checks.append(await check_probe(probe))
+            if images and self._capture and baseline.get("capture") is not None:
+                checks.append(self._images(self._capture, baseline["capture"], since, stable_for_s))
+            if baseline.get("cloud") if cloud is None else cloud:
+                checks.append(Check("cloud", self._cloud_ok(), "the cloud is not reached again", "cloud_lost"))
+            seen, verdict = judge(seen, checks, time.monotonic(), terms)
+            on_look(verdict)
+            if verdict.passed is not None:
+                log.info("gate decided", passed=verdict.passed, code=verdict.code, reasons=list(verdict.reasons))
+                return verdict
+            await asyncio.sleep(max(0.0, min(pause, since + deadline_s - time.monotonic())))
+
+    async def _unit(self, unit: str, restarts: _Restarts) -> Check:
+        if self._units is None:
+            return Check("unit", None, f"{unit} can't be asked about, there is no systemd", "unit_failed")
+        try:
+            state = await self._units.state(unit)
+        except FailedError as error:
+            return Check("unit", None, error.message, "unit_failed")
+        more, total = restarts.note(state.restarts)
+        if total >= MAX_UNIT_RESTARTS:
+            return Check("unit", False, f"{unit} restarted {total} times by itself", "unit_failed", 0)
+        if more:
+            return Check("unit", False, f"{unit} restarted by itself", "unit_failed")
+        if state.active == "failed":
+            return Check("unit", False, f"{unit} has failed", "unit_failed", 10)
+        ok = state.active in ("active", "reloading")
+        return Check("unit", ok, "" if ok else f"{unit} is {state.active} ({state.sub})", "unit_failed")
+
+    def _images(self, capture: Capture, reference: dict[str, Any], since: float, stable_for_s: float) -> Check:
+        try:
+            seen = capture.compare(reference, since)
+        except AgentError as error:
+            return Check("images", None, error.message, "capture_worse")
+        words = "; ".join(seen.reasons)
+        if seen.waiting:
+            return Check(
+                "images", None, words or f"{seen.assessed} images seen since, more are awaited", "capture_worse"
+            )
+        return Check("images", seen.ok, words, "capture_worse", harmful_after_s(stable_for_s))
+
+
+class _Restarts:
+    """How often a unit restarted by itself since the first look; starting it by hand sets systemd's count back."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+        self._total = 0
+
+    def note(self, count: int) -> tuple[int, int]:
+        more = 0 if self._last is None else max(0, count - self._last)
+        self._last = count
+        self._total += more
+        return more, self._total
+
+
+async def check_probe(argv: Sequence[str]) -> Check:
+    """Run a probe command: exit status 0 within 30 s is healthy."""
+    try:
+        result = await processes.run(argv, timeout_s=PROBE_TIMEOUT_S, keep_bytes=512)
+    except OSError as error:
+        return Check("probe", False, f"the probe {argv[0]} can't be started: {error.strerror}", "probe_failed")
+    said = " ".join((result.stderr.text or result.stdout.text).split())[-200:]
+    reason = "" if result.succeeded else f"the probe ended with {result.describe()}" + (f": {said}" if said else "")
+    return Check("probe", result.succeeded, reason, "probe_failed")
+
+
+def _reasons(checks: Sequence[Check]) -> tuple[str, ...]:
+    return tuple(check.reason or f"{check.name} is not well" for check in checks)

@@ -1,0 +1,31 @@
+"""What every test gets: blocking calls on the event loop are errors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import BlockBuster
+from hypothesis import settings
+
+from agent import logs
+
+
+@pytest.fixture(autouse=True)
+def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
+    """BlockBuster around each asynchronous test: blocking I/O called from `agent` on the loop raises BlockingError."""
+    if not inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
+        yield
+        return
+    blocker = BlockBuster(scanned_modules=["agent"])
+    blocker.activate()
+    try:
+        yield
+    finally:
+        blocker.deactivate()
+
+
+settings.register_profile("camera-agent", deadline=None, print_blob=True)
+settings.load_profile("camera-agent")
+logs.configure("json", "debug")

@@ -1,0 +1,201 @@
+"""The real API server with a stand-in for the agent, for the tests of the API and of agentctl.
+
+As a program, `python -m tests.integration.fake_daemon RUNTIME_DIR STATE_FILE`, it answers from STATE_FILE, read anew for
+each request, and keeps status.json as the daemon does, until SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from agent.api.openmetrics import Metric
+from agent.api.server import Server
+from agent.errors import CloudError, RefusedError
+
+
+def entry(value: Any, origin: str = "default", *, since: float | None = None, remote: bool = False) -> dict[str, Any]:
+    """A setting as the agent shows it."""
+    return {"value": value, "origin": origin, "since": since, "remote": remote}
+
+
+def healthy_state(now: float) -> dict[str, Any]:
+    """What a camera with nothing wrong answers."""
+    live = {
+        "rate_hz": 1.0,
+        "interval_s": 1.0,
+        "last_image_age_s": 0.8,
+        "state": "watching",
+        "images": 3600,
+        "conditions": [],
+        "corrupt": 0,
+        "luma": 112.3,
+        "sharpness": 0.42,
+    }
+    update = {
+        "job_id": "update-17",
+        "execution_number": 1,
+        "operation": "update",
+        "phase": "closed",
+        "status": "SUCCEEDED",
+        "message": "",
+        "details": {"reason_code": "ok", "message": "pipeline 1.4.2 runs and images flow"},
+        "document": {"urls": ["https://bucket.s3.amazonaws.com/a?X-Amz-Signature=secret"]},
+        "received_at": now - 900,
+        "ended_at": now - 700,
+        "superseded": None,
+    }
+    return {
+        "status": {
+            "agent": {
+                "version": "0.1.0",
+                "thing_name": "cam-0412",
+                "pid": 812,
+                "started_at": now - 11520,
+                "uptime_s": 11520,
+                "boot_id": "b",
+                "config_file": "/etc/camera-agent/agent.toml",
+            },
+            "health": {"state": "healthy", "conditions": []},
+            "cloud": {
+                "state": "connected",
+                "endpoint": "a1b2c3d4e5f6g7-ats.iot.eu-west-1.amazonaws.com",
+                "port": 8883,
+                "since": now - 11500,
+                "code": None,
+                "reason": None,
+                "hint": None,
+            },
+            "capture": {"front": live, "rear": {**live, "rate_hz": 0.5, "interval_s": 2.0}},
+            "config": {"state": "applied", "desired_version": 12, "errors": []},
+            "updates": {"pipeline": {"version": "1.4.2", "slot": "3f2a9c81d0aa", "state": "active"}},
+            "jobs": {"current": None, "last": update},
+            "outbox": {"messages": 0, "bytes": 0, "oldest_at": None, "dropped": 0},
+        },
+        "jobs": [update],
+        "config": {
+            "file": "/etc/camera-agent/agent.toml",
+            "effective": {
+                "thing_name": entry("cam-0412", "site file"),
+                "cloud.endpoint": entry("a1b2c3d4e5f6g7-ats.iot.eu-west-1.amazonaws.com", "site file"),
+                "cloud.port": entry(8883),
+                "cloud.proxy_url": entry("http://joe:secret@proxy:3128", "site file"),
+                "telemetry.interval_s": entry(30.0, "shadow version 12", since=now - 3600, remote=True),
+                "capture.sources.front.pattern": entry("*.jpg"),
+                "targets.pipeline.gain": entry(2, "shadow version 12", since=now - 3600, remote=True),
+            },
+            "shadow": {
+                "state": "applied",
+                "desired_version": 12,
+                "errors": [],
+                "desired": {"agent": {"telemetry": {"interval_s": 30}}, "targets": {"pipeline": {"gain": 2}}},
+            },
+        },
+        "capture": {"sources": {"front": live}, "conditions": []},
+    }
+
+
+class FakeAgent:
+    """Answers from `state`; a job named `broken` raises, one named `off-line` can't reach the cloud."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+        self.cancelled: list[tuple[str, str]] = []
+        self.streams_open = 0
+        self.stream_interval_s = 0.02
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._state
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.state["status"])
+
+    async def jobs(self, limit: int) -> list[dict[str, Any]]:
+        return list(self.state["jobs"][:limit])
+
+    async def job(self, job_id: str) -> dict[str, Any] | None:
+        if job_id == "broken":
+            raise ZeroDivisionError("the cause, which is nobody's business")
+        if job_id == "off-line":
+            raise CloudError("timed_out", "the cloud did not answer", "try again", retryable=True)
+        return next((job for job in self.state["jobs"] if job["job_id"] == job_id), None)
+
+    async def cancel_job(self, job_id: str, actor: str) -> None:
+        job = await self.job(job_id)
+        if job is None or job["status"]:
+            raise RefusedError("job_ended", f"job {job_id} has ended", "nothing is left to cancel")
+        self.cancelled.append((job_id, actor))
+
+    def config(self) -> dict[str, Any]:
+        return dict(self.state["config"])
+
+    def explain(self, key: str) -> dict[str, Any]:
+        if key != "telemetry.interval_s":
+            raise RefusedError("unknown_key", f"{key} is no key of agent.toml", "did you mean telemetry.interval_s?")
+        return {
+            "key": key,
+            "value": 30.0,
+            "origin": "shadow version 12",
+            "since": None,
+            "overrides": [{"origin": "site file", "value": 45}, {"origin": "default", "value": 60}],
+            "default": 60,
+            "unit": "s",
+            "remote": True,
+            "description": "Length of a report's window.",
+        }
+
+    def capture(self) -> dict[str, Any]:
+        return dict(self.state["capture"])
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        self.streams_open += 1
+        try:
+            while True:
+                yield self.capture()
+                await asyncio.sleep(self.stream_interval_s)
+        finally:
+            self.streams_open -= 1
+
+    async def metrics(self) -> list[Metric]:
+        return [
+            Metric("system.cpu.utilization", "1", "gauge", "Share of time not idle", [({}, 0.25)]),
+            Metric("capture.images", "{image}", "counter", "Images seen", [({"source": "front"}, 60)]),
+        ]
+
+
+class FileAgent(FakeAgent):
+    """Answers from a file that a test may rewrite at any time."""
+
+    def __init__(self, state_file: Path) -> None:
+        super().__init__({})
+        self._file = state_file
+
+    @property
+    def state(self) -> dict[str, Any]:
+        state = json.loads(self._file.read_text())
+        assert isinstance(state, dict)
+        return state
+
+
+async def _serve(runtime_dir: Path, state_file: Path) -> None:
+    agent = FileAgent(state_file)
+    server = Server(agent, runtime_dir / "api.sock")
+    await server.open()
+    (runtime_dir / "status.json").write_text(json.dumps({"schema": 1, **agent.status()}))
+    task = asyncio.create_task(server.run())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    print("listening", time.time(), flush=True)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[1]), Path(sys.argv[2])))

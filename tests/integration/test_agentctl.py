@@ -1,0 +1,673 @@
+"""agentctl as people run it: a process of its own, against the real API server in another process, or against none."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.ctl.client import Client
+from agent.ctl.exits import DAEMON_DOWN, ERROR, TIMED_OUT, Failure
+from tests.integration.fake_daemon import healthy_state
+
+ROOT = Path(__file__).parents[2]
+AGENTCTL = [sys.executable, "-m", "agent.ctl"]
+ESCAPE = "\x1b"
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+
+
+@dataclass
+class Camera:
+    """A folder with a daemon's socket in it, or not, and agentctl pointed at it."""
+
+    folder: Path
+    state: dict[str, Any]
+    daemon: subprocess.Popen[str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "api.sock"
+
+    def write(self) -> None:
+        new = self.folder / "state.new"
+        new.write_text(json.dumps(self.state))
+        new.rename(self.folder / "state.json")
+
+    def start(self) -> None:
+        self.write()
+        self.daemon = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.fake_daemon", str(self.folder), str(self.folder / "state.json")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.daemon.stdout
+        assert self.daemon.stdout.readline().startswith("listening")
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.daemon:
+            self.daemon.send_signal(number)
+            self.daemon.wait(10)
+            assert self.daemon.stdout
+            self.daemon.stdout.close()
+            self.daemon = None
+
+    def env(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTCTL", "CAMERA_AGENT"))}
+        kept.pop("NO_COLOR", None)
+        return {**kept, "AGENTCTL_SOCKET": str(self.socket), "TZ": "UTC", **self.environment}
+
+    def run(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*AGENTCTL, *words], cwd=ROOT, env=self.env(), capture_output=True, text=True, timeout=60, **options
+        )
+
+    def json(self, *words: str) -> tuple[int, dict[str, Any]]:
+        done = self.run(*words, "--json")
+        assert done.stderr == ""
+        document = json.loads(done.stdout)
+        assert document["schema"] == 1
+        return done.returncode, document
+
+
+@pytest.fixture
+def down(tmp_path: Path) -> Iterator[Camera]:
+    camera = Camera(tmp_path, healthy_state(time.time()))
+    yield camera
+    camera.stop()
+
+
+@pytest.fixture
+def camera(down: Camera) -> Camera:
+    down.start()
+    return down
+
+
+def make_sick(camera: Camera, state: str = "unhealthy") -> None:
+    now = time.time()
+    camera.state["status"]["health"] = {
+        "state": state,
+        "conditions": [
+            {
+                "condition": "capture.stopped",
+                "source": "front",
+                "severity": "critical",
+                "message": "the last image is 4 min old \x1b[31m",
+                "remedy": "systemctl restart capture-pipeline",
+                "since": now - 240,
+            }
+        ],
+    }
+    camera.state["capture"]["conditions"] = camera.state["status"]["health"]["conditions"]
+    camera.state["status"]["cloud"] |= {
+        "state": "offline",
+        "code": "dns_failed",
+        "reason": "the endpoint's name can't be resolved",
+        "hint": "resolvectl status",
+    }
+    camera.write()
+
+
+READING = [
+    ["status"],
+    ["jobs"],
+    ["jobs", "list", "--limit", "5"],
+    ["jobs", "show", "update-17"],
+    ["jobs", "watch", "update-17"],
+    ["config"],
+    ["config", "show", "--changed"],
+    ["config", "get", "telemetry.interval_s"],
+    ["config", "explain", "telemetry.interval_s"],
+    ["config", "diff"],
+    ["update"],
+    ["update", "status"],
+    ["capture"],
+    ["metrics"],
+]
+
+
+@pytest.mark.parametrize("words", READING, ids=" ".join)
+def test_answers_exit_0_in_both_formats(camera: Camera, words: list[str]):
+    done = camera.run(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    assert ESCAPE not in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    code, document = camera.json(*words)
+    assert code == 0
+    assert "error" not in document
+
+
+@pytest.mark.parametrize("words", [w for w in READING if w != ["config", "check"]], ids=" ".join)
+def test_daemon_down_exits_3_in_both_formats(down: Camera, words: list[str]):
+    done = down.run(*words)
+    assert done.returncode == 3
+    assert "camera-agent is not running" in done.stderr
+    assert "camera-agent run" in done.stderr or "systemctl start" in done.stderr
+    code, document = down.json(*words)
+    assert (code, document["error"]["code"]) == (3, "daemon_down")
+    assert "last_known" not in document
+
+
+# ---- status -----------------------------------------------------------------------------------------------------------
+
+
+def test_status_begins_with_the_state(camera: Camera):
+    lines = camera.run("status").stdout.splitlines()
+    assert lines[0] == "cam-0412: healthy"
+    assert "connected" in next(line for line in lines if line.startswith("Cloud"))
+    assert "1.00 of 1.00/s" in next(line for line in lines if line.startswith("Capture"))
+
+
+def test_status_says_why_and_what_to_do(camera: Camera):
+    make_sick(camera)
+    done = camera.run("status")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "cam-0412: bad, not connected to the cloud"
+    top = "\n".join(lines[:12])
+    for words in (
+        "the endpoint's name",
+        "resolvectl status",
+        "capture.stopped front",
+        "systemctl restart capture-pipe",
+    ):
+        assert words in top
+    assert ESCAPE not in done.stdout
+
+
+@pytest.mark.parametrize(("state", "code"), [("healthy", 0), ("degraded", 10), ("unhealthy", 11)])
+def test_check_tells_by_its_exit_status(camera: Camera, state: str, code: int):
+    if state != "healthy":
+        make_sick(camera, state)
+    assert camera.run("status", "--check").returncode == code
+    assert camera.json("status", "--check")[0] == code
+    assert camera.run("status").returncode == 0
+
+
+def test_waiting_for_online_ends_when_it_is(camera: Camera):
+    make_sick(camera)
+    waiting = subprocess.Popen(
+        [*AGENTCTL, "status", "--wait", "online"], cwd=ROOT, env=camera.env(), stdout=subprocess.PIPE, text=True
+    )
+    assert waiting.poll() is None
+    camera.state = healthy_state(time.time())
+    camera.write()
+    output, _ = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0
+    assert output.startswith("cam-0412: healthy\n")
+
+
+def test_waiting_for_online_times_out_with_the_reason(camera: Camera):
+    make_sick(camera)
+    done = camera.run("status", "--wait", "online", "--timeout", "0.1")
+    assert done.returncode == 6
+    assert "can't be resolved" in done.stderr
+    code, document = camera.json("status", "--wait", "online", "--timeout", "0.1")
+    assert (code, document["error"]["code"]) == (6, "not_online")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_last_known_state_outlives_the_daemon(camera: Camera, number: int):
+    camera.stop(number)
+    assert camera.socket.exists() == (number == signal.SIGKILL)
+    past = time.time() - 600
+    os.utime(camera.folder / "status.json", (past, past))
+    done = camera.run("status")
+    assert done.returncode == 3
+    assert done.stderr.startswith("agentctl: camera-agent is not running")
+    assert "Last known state, 10 min old" in done.stdout
+    assert "cam-0412: healthy" in done.stdout
+    code, document = camera.json("status")
+    assert code == 3
+    assert document["last_known"]["status"]["agent"]["thing_name"] == "cam-0412"
+    assert 599 < document["last_known"]["age_s"] < 700
+    assert camera.json("capture")[1]["last_known"]["at"] == pytest.approx(past, abs=1)
+    camera.start()
+    assert camera.run("status").returncode == 0
+
+
+def test_a_damaged_last_known_state_is_no_trouble(down: Camera):
+    (down.folder / "status.json").write_text('{"agent"')
+    done = down.run("status")
+    assert (done.returncode, done.stdout) == (3, "")
+
+
+# ---- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def job(**fields: Any) -> dict[str, Any]:
+    return {
+        "job_id": "long",
+        "execution_number": 1,
+        "operation": "update",
+        "phase": "running",
+        "status": None,
+        "message": "downloading",
+        "details": {},
+        "received_at": time.time() - 5,
+        "ended_at": None,
+        "superseded": None,
+    } | fields
+
+
+def test_no_such_job_exits_5(camera: Camera):
+    for words in (["jobs", "show", "x y/z"], ["jobs", "watch", "unknown"], ["jobs", "cancel", "unknown"]):
+        done = camera.run(*words)
+        assert done.returncode == 5
+        assert "knows no job" in done.stderr
+        assert camera.json(*words)[1]["error"]["code"] == "no_such_job"
+
+
+def test_jobs_are_listed_with_their_reasons(camera: Camera):
+    failed = {"reason_code": "gate_images_worse", "message": "rolled back: sharpness fell from 0.42 to 0.11"}
+    camera.state["jobs"] = [job(), job(job_id="7" * 64, status="FAILED", details=failed), *camera.state["jobs"]]
+    camera.write()
+    shown = camera.run("jobs").stdout
+    assert re.search(r"^IN_PROGRESS .*UTC  update +long\n    downloading$", shown, re.MULTILINE)
+    assert re.search(r"^FAILED .* 7{64}\n    rolled back: sharpness fell", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ({"status": "SUCCEEDED"}, 0),
+        ({"status": "FAILED"}, 11),
+        ({"status": "REJECTED"}, 11),
+        ({"superseded": "CANCELED"}, 11),
+        ({"status": "SUCCEEDED", "superseded": "TIMED_OUT"}, 11),
+    ],
+)
+def test_watching_follows_a_job_to_its_end(camera: Camera, end: dict[str, str], code: int):
+    camera.state["jobs"] = [job()]
+    camera.write()
+    watching = subprocess.Popen(
+        [*AGENTCTL, "jobs", "watch", "long", "--json"], cwd=ROOT, env=camera.env(), stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout
+    first = json.loads(watching.stdout.readline())
+    assert (first["schema"], first["job"]["message"]) == (1, "downloading")
+    camera.state["jobs"] = [job(phase="ended", message="", details={"message": "it is over"}, **end)]
+    camera.write()
+    last = json.loads(watching.stdout.readline())
+    assert last["job"]["details"]["message"] == "it is over"
+    assert watching.wait(30) == code
+    watching.stdout.close()
+    assert camera.run("jobs", "watch", "long").returncode == code
+
+
+def test_watching_gives_up_in_time(camera: Camera):
+    camera.state["jobs"] = [job()]
+    camera.write()
+    done = camera.run("jobs", "watch", "long", "--timeout", "0.1")
+    assert done.returncode == 6
+    assert "has not ended" in done.stderr
+
+
+def test_cancelling(camera: Camera):
+    camera.state["jobs"] = [job()]
+    camera.write()
+    done = camera.run("jobs", "cancel", "long")
+    assert (done.returncode, done.stdout) == (0, "long: asked to stop; follow it: agentctl jobs watch long\n")
+    camera.state["jobs"] = [job(status="SUCCEEDED")]
+    camera.write()
+    code, document = camera.json("jobs", "cancel", "long")
+    assert (code, document["error"]["code"]) == (1, "job_ended")
+
+
+# ---- config -----------------------------------------------------------------------------------------------------------
+
+
+def test_config_shows_values_with_their_origins(camera: Camera):
+    shown = camera.run("config").stdout
+    assert shown.startswith("# /etc/camera-agent/agent.toml; the cloud wants version 12: applied\n")
+    assert re.search(r"^\[telemetry\]\ninterval_s = 30.0 +# shadow version 12$", shown, re.MULTILINE)
+    assert "8883" in shown
+    assert "secret" not in shown
+    assert "8883" not in camera.run("config", "show", "--changed").stdout
+
+
+def test_config_get_prints_the_value_alone(camera: Camera):
+    assert camera.run("config", "get", "telemetry.interval_s").stdout == "30.0\n"
+    assert camera.run("config", "get", "thing_name").stdout == "cam-0412\n"
+    assert json.loads(camera.run("config", "get", "targets.pipeline").stdout) == {"gain": 2}
+    assert camera.json("config", "get", "thing_name")[1] == {
+        "schema": 1,
+        "key": "thing_name",
+        "value": "cam-0412",
+        "origin": "site file",
+    }
+
+
+def test_no_such_key_exits_5(camera: Camera):
+    assert camera.run("config", "get", "telemetry.intervals").returncode == 5
+    done = camera.run("config", "explain", "telemetry.intervals")
+    assert done.returncode == 5
+    assert "did you mean" in done.stderr
+    assert camera.json("config", "explain", "x")[1]["error"]["code"] == "unknown_key"
+
+
+def test_config_diff_exits_10_when_it_differs(camera: Camera):
+    assert camera.run("config", "diff").stdout == "all that the cloud wants is in force\n"
+    camera.state["config"]["shadow"] |= {
+        "state": "rejected",
+        "desired_version": 13,
+        "errors": [{"pointer": "/agent/telemetry/interval_s", "message": "must be 1 or more", "code": "bad"}],
+        "desired": {"agent": {"telemetry": {"interval_s": 0}}},
+    }
+    camera.write()
+    done = camera.run("config", "diff")
+    assert done.returncode == 10
+    assert "/agent/telemetry/interval_s" in done.stdout
+    assert "must be 1 or more" in done.stdout
+    code, document = camera.json("config", "diff")
+    assert code == 10
+    assert document["differences"] == [{"pointer": "/agent/telemetry/interval_s", "wanted": 0, "in_force": 30.0}]
+
+
+# ---- capture and metrics ----------------------------------------------------------------------------------------------
+
+
+def test_capture_in_a_pipe_is_one_object_a_line_until_its_reader_goes(camera: Camera):
+    watching = subprocess.Popen(
+        [*AGENTCTL, "capture", "--watch"],
+        cwd=ROOT,
+        env=camera.env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout
+    assert watching.stderr
+    for _ in range(3):
+        assert json.loads(watching.stdout.readline())["sources"].keys() == {"front"}
+    watching.stdout.close()
+    assert watching.wait(30) == 0
+    assert watching.stderr.read() == ""
+    watching.stderr.close()
+
+
+def test_ctrl_c_ends_a_watch_well(camera: Camera):
+    watching = subprocess.Popen(
+        [*AGENTCTL, "capture", "--watch"], cwd=ROOT, env=camera.env(), stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout
+    watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=30)
+    assert watching.returncode == 0
+
+
+def test_a_watch_notices_that_the_daemon_ends(camera: Camera):
+    watching = subprocess.Popen(
+        [*AGENTCTL, "capture", "--watch"],
+        cwd=ROOT,
+        env=camera.env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout
+    watching.stdout.readline()
+    camera.stop(signal.SIGKILL)
+    _, errors = watching.communicate(timeout=30)
+    assert watching.returncode in (1, 3)
+    assert errors.startswith("agentctl: camera-agent")
+
+
+def test_metrics_are_the_agents_text(camera: Camera):
+    shown = camera.run("metrics").stdout
+    assert 'capture_images_total{source="front"} 60\n' in shown
+    assert shown.endswith("# EOF\n")
+    _, document = camera.json("metrics")
+    assert document["metrics"][1]["samples"] == [{"labels": {"source": "front"}, "value": 60}]
+
+
+# ---- usage, permissions, odd servers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["frobnicate"],
+        ["status", "--frob"],
+        ["jobs", "show"],
+        ["status", "--wait", "rain"],
+        ["jobs", "list", "--limit", "x"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_exit_2(down: Camera, words: list[str]):
+    done = down.run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("agentctl")
+    code, document = down.json(*words)
+    assert (code, document["error"]["code"]) == (2, "usage")
+
+
+@contextmanager
+def as_nobody(camera: Camera, mode: int) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """agentctl run by another user, from a copy of the package that this user can read."""
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable
+    home = Path(f"/tmp/agentctl-{os.getpid()}")
+    shutil.copytree(ROOT / "agent" / "ctl", home / "agent" / "ctl")
+    (home / "agent" / "__init__.py").touch()
+    for folder in camera.folder.parents:
+        if folder.is_relative_to("/tmp/pytest-of-root"):
+            folder.chmod(0o755)
+    camera.folder.chmod(0o755)
+    camera.socket.chmod(mode)
+    try:
+        yield lambda *words: subprocess.run(
+            [python, "-m", "agent.ctl", *words],
+            cwd=home,
+            env=camera.env(),
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        shutil.rmtree(home)
+
+
+@needs_root
+def test_without_the_group_the_answer_is_forbidden(camera: Camera):
+    with as_nobody(camera, 0o660) as run:
+        done = run("status")
+        assert done.returncode == 4
+        assert "camera-operators" in done.stderr
+        done = run("status", "--json")
+        assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (4, "forbidden")
+
+
+@needs_root
+def test_an_operator_may_look_and_not_cancel(camera: Camera):
+    camera.state["jobs"] = [job()]
+    camera.write()
+    with as_nobody(camera, 0o666) as run:
+        assert run("jobs").returncode == 0
+        done = run("jobs", "cancel", "long")
+        assert done.returncode == 4
+        assert "camera-admins" in done.stderr
+
+
+@contextmanager
+def odd_server(path: Path, answer: bytes | None) -> Iterator[Client]:
+    """Something that accepts connections and answers with these bytes, or never."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        held.append(connection)
+        if answer is not None:
+            connection.recv(65536)
+            connection.sendall(answer)
+            connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield Client(str(path), timeout_s=0.3)
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+        for connection in held:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}", ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: ten\r\n\r\n{}", ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n{}", ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", ERROR),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", ERROR),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 2\r\n\r\nhi", ERROR),
+        (b'HTTP/1.1 500 Oops\r\nContent-Length: 11\r\n\r\n{"error":1}', ERROR),
+        (b"", DAEMON_DOWN),
+        (None, TIMED_OUT),
+    ],
+)
+def test_odd_answers_are_explained(tmp_path: Path, answer: bytes | None, code: int):
+    with odd_server(tmp_path / "s", answer) as client, pytest.raises(Failure) as caught:
+        client.get("/v1/status")
+    assert caught.value.exit_code == code
+    assert caught.value.message
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n{"a":1}',
+        b'HTTP/1.1 200 OK\r\ntransfer-encoding: Chunked\r\n\r\n3;x=y\r\n{"a\r\n4\r\n":1}\r\n0\r\n\r\n',
+        b'HTTP/1.0 200 OK\r\n\r\n{"a":1}',
+    ],
+)
+def test_every_framing_is_understood(tmp_path: Path, answer: bytes):
+    with odd_server(tmp_path / "s", answer) as client:
+        assert client.get("/v1/status") == {"a": 1}
+
+
+# ---- where the daemon is ----------------------------------------------------------------------------------------------
+
+
+def test_the_socket_is_found(camera: Camera, tmp_path: Path):
+    settings = tmp_path / "agent.toml"
+    settings.write_text(f'[paths]\nruntime_dir = "{camera.folder}"\n')
+    camera.environment = {"AGENTCTL_SOCKET": "/nowhere/a.sock"}
+    assert camera.run("status").returncode == 3
+    assert camera.run("status", "--socket", str(camera.socket)).returncode == 0
+    assert camera.run("--config", str(settings), "status").returncode == 0
+    camera.environment = {"AGENTCTL_SOCKET": "", "CAMERA_AGENT_CONFIG": str(settings)}
+    assert camera.run("status").returncode == 0
+
+
+def test_a_configuration_that_can_not_be_read_is_named(down: Camera, tmp_path: Path):
+    done = down.run("status", "--config", str(tmp_path / "none.toml"))
+    assert done.returncode == 1
+    assert "none.toml: No such file" in done.stderr
+    (tmp_path / "bad.toml").write_text("runtime_dir = [")
+    assert "not valid TOML" in down.run("status", "--config", str(tmp_path / "bad.toml")).stderr
+
+
+# ---- terminal and cost ------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(camera: Camera, *words: str, **environment: str) -> str:
+    """What agentctl writes when standard output is a terminal."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*AGENTCTL, *words],
+        cwd=ROOT,
+        env={**camera.env(), "TERM": "xterm", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while piece := os.read(controller, 65536):
+            shown += piece
+            if "--watch" in words and shown.count(ESCAPE.encode() + b"[H") >= 2:
+                process.send_signal(signal.SIGINT)
+    except OSError:  # the other end is closed
+        pass
+    os.close(controller)
+    assert process.wait(30) == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_colours_are_for_terminals(camera: Camera):
+    make_sick(camera)
+    coloured = on_a_terminal(camera, "status")
+    assert f"{ESCAPE}[31mbad{ESCAPE}[0m" in coloured
+    assert re.sub(r"\x1b\[\d*m", "", coloured).splitlines()[0] == camera.run("status").stdout.splitlines()[0]
+    assert ESCAPE not in on_a_terminal(camera, "status", NO_COLOR="1")
+    assert ESCAPE not in on_a_terminal(camera, "status", TERM="dumb")
+    assert ESCAPE not in on_a_terminal(camera, "status", "--json")
+
+
+def test_a_watch_on_a_terminal_redraws(camera: Camera):
+    shown = on_a_terminal(camera, "capture", "--watch")
+    assert shown.startswith(f"{ESCAPE}[H")
+    assert "front" in shown
+
+
+def test_status_imports_nothing_heavy(camera: Camera):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "agent.ctl", "status"],
+        cwd=ROOT,
+        env=camera.env(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "agent.ctl.conditions" in imported
+    heavy = (
+        "aiohttp",
+        "pydantic",
+        "structlog",
+        "awscrt",
+        "asyncio",
+        "http",
+        "dataclasses",
+        "inspect",
+        "pathlib",
+        "logging",
+    )
+    assert not [name for name in imported if name.split(".")[0] in heavy]
+    own = {name for name in imported if name.startswith("agent.")}
+    assert not [name for name in own if not name.startswith("agent.ctl")]

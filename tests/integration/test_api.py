@@ -1,0 +1,384 @@
+"""The local API over its real Unix socket, spoken to by aiohttp's client, raw bytes, and processes of other users."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from agent.api import server as server_module
+from agent.api.openmetrics import CONTENT_TYPE
+from agent.api.routes import ROUTES
+from agent.api.server import BODY_LIMIT, Server
+from agent.errors import AgentError
+from tests.integration.fake_daemon import FakeAgent, healthy_state
+
+NOBODY = 65534
+ROOT = Path(__file__).parents[2]
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+
+
+@dataclass
+class Running:
+    agent: FakeAgent
+    server: Server
+    path: Path
+    http: aiohttp.ClientSession
+
+    async def get(self, target: str) -> tuple[int, dict]:
+        async with self.http.get(f"http://agent{target}") as reply:
+            return reply.status, await reply.json()
+
+    async def post(self, target: str, data: object = None) -> tuple[int, dict]:
+        async with self.http.post(f"http://agent{target}", data=data) as reply:
+            return reply.status, await reply.json()
+
+
+@contextlib.asynccontextmanager
+async def serving(path: Path) -> AsyncIterator[tuple[FakeAgent, Server]]:
+    agent = FakeAgent(healthy_state(time.time()))
+    server = Server(agent, path)
+    await server.open()
+    task = asyncio.create_task(server.run())
+    try:
+        yield agent, server
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Running]:
+    path = tmp_path / "api.sock"
+    async with (
+        serving(path) as (agent, server),
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=str(path))) as http,
+    ):
+        yield Running(agent, server, path, http)
+
+
+async def raw(path: Path, data: bytes) -> bytes:
+    """What the server answers to these bytes until it closes."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(data)
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+PLAIN = [
+    route.path for route in ROUTES if route.method == "GET" and route.path not in ("/metrics", "/v1/capture/stream")
+]
+
+
+@pytest.mark.parametrize("path", PLAIN)
+async def test_every_reply_is_json_with_its_schema(api: Running, path: str):
+    path = path.replace("{id}", "update-17").replace("explain", "explain?key=telemetry.interval_s")
+    status, document = await api.get(path)
+    assert status == 200
+    assert document["schema"] == 1
+    assert len(document) > 1
+
+
+async def test_status_is_the_agents(api: Running):
+    _, document = await api.get("/v1/status")
+    del api.agent.state["status"]["jobs"]["last"]["document"], document["jobs"]["last"]["document"]  # has secrets
+    assert document == {"schema": 1, **json.loads(json.dumps(api.agent.status()))}
+
+
+async def test_jobs_are_limited(api: Running):
+    api.agent.state["jobs"] *= 30
+    assert len((await api.get("/v1/jobs"))[1]["jobs"]) == 20
+    assert len((await api.get("/v1/jobs?limit=3"))[1]["jobs"]) == 3
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "201", "٣", "9" * 5000, ""])
+async def test_a_bad_limit_is_the_clients_fault(api: Running, limit: str):
+    status, document = await api.get(f"/v1/jobs?limit={limit}")
+    assert status == 400
+    assert document["error"]["code"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "code"),
+    [
+        ("/", 404, "no_such_path"),
+        ("/v1/nothing", 404, "no_such_path"),
+        ("/v1/jobs/", 404, "no_such_path"),
+        ("/v1/jobs/unknown", 404, "no_such_job"),
+        ("/v1/config/explain", 400, "bad_request"),
+        ("/v1/config/explain?key=x", 404, "unknown_key"),
+        ("/v1/jobs/update-17/cancel", 405, "bad_method"),
+        ("/v1/jobs/off-line", 503, "timed_out"),
+        ("/v1/jobs/broken", 500, "internal"),
+    ],
+)
+async def test_errors_say_what_and_are_json(api: Running, target: str, status: int, code: str):
+    answered, document = await api.get(target)
+    assert (answered, document["schema"], document["error"]["code"]) == (status, 1, code)
+    assert set(document["error"]) == {"code", "message", "hint"}
+    assert document["error"]["message"]
+
+
+async def test_an_exceptions_text_stays_in_the_log(api: Running, capsys):
+    _, document = await api.get("/v1/jobs/broken")
+    assert "nobody's business" not in json.dumps(document)
+    captured = capsys.readouterr()
+    assert "nobody's business" in captured.out + captured.err
+
+
+async def test_a_wrong_method_names_the_right_one(api: Running):
+    async with api.http.post("http://agent/v1/status") as reply:
+        assert reply.status == 405
+        assert reply.headers["Allow"] == "GET"
+
+
+async def test_head_has_no_body(api: Running):
+    async with api.http.head("http://agent/v1/status") as reply:
+        assert reply.status == 200
+        assert await reply.read() == b""
+
+
+async def test_secrets_and_impossible_numbers_do_not_leave(api: Running):
+    api.agent.state["status"]["cloud"]["latency_s"] = math.nan
+    status, document = await api.get("/v1/status")
+    assert (status, document["cloud"]["latency_s"]) == (200, None)
+    for target in ("/v1/config", "/v1/jobs/update-17", "/v1/jobs"):
+        assert "secret" not in json.dumps((await api.get(target))[1])
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_large_body_is_refused(api: Running, chunked: bool):
+    async def pieces():
+        for _ in range(3):
+            yield b"x" * (BODY_LIMIT // 2)
+
+    status, document = await api.post("/v1/jobs/update-17/cancel", pieces() if chunked else b"x" * (BODY_LIMIT + 1))
+    assert (status, document["error"]["code"]) == (413, "body_too_large")
+    assert (await api.get("/v1/status"))[0] == 200
+
+
+async def test_a_body_that_never_comes_does_not_wait_for_ever(api: Running, monkeypatch):
+    monkeypatch.setattr(server_module, "BODY_TIMEOUT_S", 0.05)
+    reader, writer = await asyncio.open_unix_connection(str(api.path))
+    writer.write(b"POST /v1/jobs/update-17/cancel HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+    answer = await reader.readuntil(b"}}")
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_too_slow" in answer
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /v1/status HTTP/9.9\r\n\r\n",
+        b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\n\r\n",
+        b"POST /v1/jobs/update-17/cancel HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http_is_answered_in_json(api: Running, data: bytes):
+    head, _, body = (await raw(api.path, data)).partition(b"\r\n\r\n")
+    assert head.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400"))
+    assert json.loads(body)["error"]["code"] == "bad_request"
+    assert (await api.get("/v1/status"))[0] == 200
+
+
+async def test_a_broken_chunk_is_the_clients_fault(api: Running):
+    request = b"POST /v1/jobs/update-17/cancel HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    assert b" 400 " in (await raw(api.path, request)).splitlines()[0]
+
+
+async def test_metrics_are_openmetrics(api: Running):
+    async with api.http.get("http://agent/metrics") as reply:
+        assert reply.headers["Content-Type"] == CONTENT_TYPE
+        assert (await reply.text()).endswith("# EOF\n")
+
+
+async def test_the_stream_is_a_line_an_object_and_ends_with_its_client(api: Running):
+    async with api.http.get("http://agent/v1/capture/stream") as reply:
+        assert reply.headers["Content-Type"] == "application/x-ndjson"
+        for _ in range(3):
+            line = json.loads(await reply.content.readline())
+            assert (line["schema"], line["sources"].keys()) == (1, {"front"})
+        assert api.agent.streams_open == 1
+    await until(lambda: api.agent.streams_open == 0)
+
+
+async def test_the_end_of_the_server_ends_streams_and_removes_the_socket(tmp_path: Path):
+    path = tmp_path / "api.sock"
+    async with serving(path) as (agent, _):
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(b"GET /v1/capture/stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"front")
+    assert agent.streams_open == 0
+    assert not path.exists()
+    await reader.read()
+    writer.close()
+
+
+async def test_cancelling_names_who(api: Running):
+    api.agent.state["jobs"] = [{"job_id": "long", "status": None, "phase": "running"}]
+    status, document = await api.post("/v1/jobs/long/cancel")
+    assert (status, document["job"]["job_id"]) == (200, "long")
+    import pwd
+
+    assert api.agent.cancelled == [("long", f"local:{pwd.getpwuid(os.getuid()).pw_name}")]
+
+
+async def test_what_can_not_be_cancelled_is_a_conflict(api: Running):
+    status, document = await api.post("/v1/jobs/update-17/cancel")
+    assert (status, document["error"]["code"]) == (409, "job_ended")
+    assert (await api.post("/v1/jobs/unknown/cancel"))[0] == 404
+
+
+ASK_AS = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
+s.sendall(f"{sys.argv[2]} {sys.argv[3]} HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n".encode())
+print(s.makefile().read())
+"""
+
+
+async def ask_as(path: Path, groups: list[int], method: str, target: str) -> str:
+    """The answer that a process of another user gets."""
+    for folder in path.parents:
+        if folder.owner() == "root" and folder.is_relative_to("/tmp/pytest-of-root"):
+            folder.chmod(0o755)
+    path.chmod(0o666)
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [python, "-I", "-c", ASK_AS, str(path), method, target],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=groups,
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=True,
+    )
+    return done.stdout.splitlines()[0]
+
+
+@needs_root
+async def test_others_may_look_and_not_change(api: Running):
+    api.agent.state["jobs"] = [{"job_id": "long", "status": None, "phase": "running"}]
+    assert " 200 " in await ask_as(api.path, [], "GET", "/v1/status")
+    assert " 403 " in await ask_as(api.path, [], "POST", "/v1/jobs/long/cancel")
+    assert api.agent.cancelled == []
+
+
+@needs_root
+async def test_members_of_the_admins_group_may_change(api: Running):
+    api.agent.state["jobs"] = [{"job_id": "long", "status": None, "phase": "running"}]
+    api.server._admins = 54321
+    assert " 403 " in await ask_as(api.path, [54320], "POST", "/v1/jobs/long/cancel")
+    assert " 200 " in await ask_as(api.path, [54320, 54321], "POST", "/v1/jobs/long/cancel")
+    assert [job for job, _ in api.agent.cancelled] == ["long"]
+
+
+async def test_only_owner_and_group_may_connect(api: Running):
+    assert stat.S_IMODE(api.path.stat().st_mode) == 0o660
+
+
+async def test_a_killed_daemons_socket_is_replaced(tmp_path: Path):
+    path = tmp_path / "api.sock"
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(path))
+    dead.close()
+    async with serving(path):
+        assert (await raw(path, b"GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")).startswith(
+            b"HTTP/1.1 200"
+        )
+
+
+async def test_a_live_daemons_socket_is_left_alone(api: Running):
+    with pytest.raises(AgentError, match="another camera-agent") as caught:
+        await Server(api.agent, api.path).open()
+    assert caught.value.code == "already_running"
+    assert (await api.get("/v1/status"))[0] == 200
+
+
+async def test_another_file_is_left_alone(tmp_path: Path):
+    (tmp_path / "api.sock").write_text("notes")
+    with pytest.raises(AgentError, match="not a socket"):
+        await Server(FakeAgent({}), tmp_path / "api.sock").open()
+    assert (tmp_path / "api.sock").read_text() == "notes"
+
+
+async def test_a_path_that_is_too_long_is_explained(tmp_path: Path):
+    with pytest.raises(AgentError, match="too long"):
+        await Server(FakeAgent({}), tmp_path / ("x" * 120) / "api.sock").open()
+
+
+async def test_a_flood_of_clients_is_answered_busy(api: Running, monkeypatch):
+    monkeypatch.setattr(server_module, "CONNECTION_LIMIT", 2)
+    request = b"GET /v1/capture/stream HTTP/1.1\r\nHost: x\r\n\r\n"
+    held = []
+    for _ in range(2):
+        reader, writer = await asyncio.open_unix_connection(str(api.path))
+        writer.write(request)
+        await reader.readuntil(b"front")
+        held.append(writer)
+    answer = await raw(api.path, b"")
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "busy"
+    for writer in held:
+        writer.close()
+        await writer.wait_closed()
+    await until(lambda: api.agent.streams_open == 0)
+    assert (await api.get("/v1/status"))[0] == 200
+
+
+def test_aiohttp_waits_for_the_first_client(tmp_path: Path):
+    script = """
+import asyncio, sys
+from pathlib import Path
+from agent.api.server import Server
+from tests.integration.fake_daemon import FakeAgent, healthy_state
+
+async def main():
+    path = Path(sys.argv[1])
+    server = Server(FakeAgent(healthy_state(0.0)), path)
+    await server.open()
+    task = asyncio.create_task(server.run())
+    await asyncio.sleep(0)
+    print("aiohttp" in sys.modules)
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(b"GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+    print((await reader.read())[9:12].decode())
+    print("aiohttp" in sys.modules)
+    writer.close()
+    task.cancel()
+    await asyncio.wait([task])
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "api.sock")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "200", "True"]

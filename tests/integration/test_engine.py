@@ -1,0 +1,309 @@
+"""The engine with a real journal against a model of the Jobs service: each execution ends once, with the truth."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from agent.errors import FailedError, RefusedError
+from agent.jobs import engine as engine_module
+from agent.jobs.engine import Engine
+from agent.store import Store
+from tests.fakes import TERMINAL, JobsService
+
+DOCUMENT = {"version": "1.0", "operation": "restart"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, value in {"RETRY_S": (0.01, 0.05), "HEARTBEAT_S": 0.02, "NEWS_INTERVAL_S": 0.0, "POLL_S": 0.05}.items():
+        monkeypatch.setattr(engine_module, name, value)
+
+
+@pytest.fixture
+async def store(tmp_path):
+    opened = await Store.open(tmp_path / "state.db")
+    yield opened
+    await opened.close()
+
+
+class Work:
+    """An operation that does what the test tells it."""
+
+    name = "restart"
+
+    def __init__(self, act=None, refuse=None):
+        self.act = act
+        self.refuse = refuse
+        self.runs = []
+
+    def check(self, document):
+        if self.refuse:
+            raise self.refuse
+
+    async def run(self, job):
+        self.runs.append((job.id, job.execution_number, dict(job.progress)))
+        return await self.act(job) if self.act else {"message": "done"}
+
+
+@contextlib.asynccontextmanager
+async def running(store, cloud, work, allow=("restart",)):
+    engine = Engine(store=store, jobs=cloud, operations={"restart": work}, allow=list(allow))
+    task = asyncio.create_task(engine.run())
+    try:
+        engine.wake()
+        yield engine
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  the model of the cloud has no event
+            await asyncio.sleep(0.005)
+
+
+async def journal(store, job_id, number=1):
+    return await store.read(lambda t: t.job(job_id, number))
+
+
+async def closed(store, job_id, number=1):
+    async with asyncio.timeout(20):
+        while True:
+            record = await journal(store, job_id, number)
+            if record and record["phase"] == "closed":
+                return record
+            await asyncio.sleep(0.005)
+
+
+async def test_a_job_is_announced_run_and_reported(store):
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work):
+        record = await closed(store, "a")
+    assert [status for _, status, _ in cloud.updates] == ["IN_PROGRESS", "SUCCEEDED"]
+    assert cloud.details("a") == {"reason_code": "ok", "message": "done"}
+    assert record["superseded"] is None
+
+
+@pytest.mark.parametrize(
+    ("document", "allow", "refuse", "code"),
+    [
+        (None, ["restart"], None, "bad_document"),
+        ({"version": "1.0", "operation": "explode"}, ["restart"], None, "unknown_operation"),
+        (DOCUMENT, [], None, "not_allowed"),
+        (DOCUMENT, ["restart"], RefusedError("unknown_target", "no such target"), "unknown_target"),
+    ],
+)
+async def test_what_is_not_acceptable_is_rejected_before_anything_is_touched(store, document, allow, refuse, code):
+    cloud, work = JobsService(), Work(refuse=refuse)
+    cloud.create("a", document)
+    async with running(store, cloud, work, allow):
+        await closed(store, "a")
+    assert cloud.status("a") == "REJECTED"
+    assert cloud.details("a")["reason_code"] == code
+    assert cloud.details("a")["message"]
+    assert work.runs == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RefusedError("signature_bad", "no"), "REJECTED", "signature_bad"),
+        (FailedError("capture_worse", "dark"), "FAILED", "capture_worse"),
+        (ZeroDivisionError("oops"), "FAILED", "internal_error"),
+    ],
+)
+async def test_how_an_operation_ends_is_the_status(store, error, status, code):
+    async def fail(job):
+        raise error
+
+    cloud = JobsService()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, Work(fail)):
+        await closed(store, "a")
+    assert cloud.status("a") == status
+    assert cloud.details("a")["reason_code"] == code
+
+
+async def test_lost_requests_and_answers_at_every_place_change_nothing(store):
+    tried = 0
+    for kind in ("lose_request", "lose_answer"):
+        for place in range(4):
+            for count in (1, 3):
+                cloud, work, job_id = JobsService(), Work(), f"{kind}-{place}-{count}"
+                cloud.create(job_id, DOCUMENT)
+                calls = 0
+                for name in ("describe_next", "describe", "update"):
+                    original = getattr(cloud, name)
+
+                    async def counted(
+                        *args, _original=original, _cloud=cloud, _kind=kind, _place=place, _count=count, **kw
+                    ):
+                        nonlocal calls
+                        calls += 1
+                        if calls == _place + 1:
+                            setattr(_cloud, _kind, _count)
+                        return await _original(*args, **kw)
+
+                    setattr(cloud, name, counted)
+                async with running(store, cloud, work):
+                    await closed(store, job_id)
+                tried += 1
+                assert cloud.status(job_id) == "SUCCEEDED"
+                assert len(work.runs) == 1, f"{kind} at request {place}: run {len(work.runs)} times"
+    print(f"{tried} losses tried")
+
+
+async def test_the_journal_knows_before_the_cloud(store):
+    seen = []
+
+    class Watching(JobsService):
+        async def update(self, job_id, **kw):
+            record = await journal(store, job_id)
+            seen.append((kw["status"], record["phase"], record["status"]))
+            return await super().update(job_id, **kw)
+
+    cloud = Watching()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, Work()):
+        await closed(store, "a")
+    assert seen == [("IN_PROGRESS", "received", None), ("SUCCEEDED", "ended", "SUCCEEDED")]
+
+
+async def test_a_restart_of_the_agent_goes_on_with_what_was_saved(store):
+    saved, go_on = asyncio.Event(), asyncio.Event()
+
+    async def act(job):
+        if not job.progress:
+            await job.save({"step": 1}, "half way", facts={"floor": 7})
+            saved.set()
+            await asyncio.Event().wait()
+        return {"message": f"from step {job.progress['step']}"}
+
+    cloud, work = JobsService(), Work(act)
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work):
+        await saved.wait()
+    assert await store.read(lambda t: t.fact("floor")) == 7
+    async with running(store, cloud, work):
+        await closed(store, "a")
+    assert [progress for _, _, progress in work.runs] == [{}, {"step": 1}]
+    assert cloud.details("a")["message"] == "from step 1"
+    go_on.set()
+
+
+async def test_the_terminal_status_is_sent_after_a_restart_until_it_is_taken(store):
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    done = asyncio.Event()
+
+    async def act(job):
+        cloud.lose_request = 10_000
+        done.set()
+        return {"message": "done"}
+
+    work.act = act
+    async with running(store, cloud, work):
+        await done.wait()
+        await until(lambda: cloud.lose_request < 9_998)
+    assert cloud.status("a") == "IN_PROGRESS"
+    cloud.lose_request = 2
+    async with running(store, cloud, work):
+        await closed(store, "a")
+    assert cloud.status("a") == "SUCCEEDED"
+    assert len(work.runs) == 1
+
+
+async def test_an_execution_in_progress_that_the_journal_does_not_know_was_interrupted(store):
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT, status="IN_PROGRESS")
+    async with running(store, cloud, work):
+        await closed(store, "a")
+    assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "interrupted")
+    assert work.runs == []
+
+
+async def test_the_same_execution_runs_once_and_a_retry_runs(store):
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work) as engine:
+        await closed(store, "a")
+        for _ in range(3):
+            engine.wake()
+        cloud.create("a", DOCUMENT, number=2)
+        engine.wake()
+        await closed(store, "a", 2)
+    assert [(job, number) for job, number, _ in work.runs] == [("a", 1), ("a", 2)]
+
+
+async def test_jobs_wait_for_the_running_one(store):
+    release = asyncio.Event()
+
+    async def act(job):
+        if job.id == "a":
+            await release.wait()
+        return {"message": job.id}
+
+    cloud, work = JobsService(), Work(act)
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work) as engine:
+        await until(lambda: work.runs)
+        cloud.create("b", DOCUMENT)
+        engine.wake()
+        await asyncio.sleep(0.05)
+        assert engine.current.job_id == "a"
+        assert len(work.runs) == 1
+        release.set()
+        await closed(store, "b")
+    assert (cloud.status("a"), cloud.status("b")) == ("SUCCEEDED", "SUCCEEDED")
+
+
+@pytest.mark.parametrize("end", ["CANCELED", "TIMED_OUT", "REMOVED"])
+async def test_what_the_cloud_ends_is_stopped_and_not_reported_over(store, end):
+    async def act(job):
+        await job.cancelled.wait()
+        raise FailedError("cancelled", "stopped")
+
+    cloud, work = JobsService(), Work(act)
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work):
+        await until(lambda: work.runs)
+        cloud.end("a", end)
+        record = await closed(store, "a")
+    assert record["superseded"] == end
+    assert all(status == "IN_PROGRESS" for _, status, _ in cloud.updates)
+
+
+async def test_a_local_cancel_is_reported(store):
+    async def act(job):
+        await job.cancelled.wait()
+        raise FailedError("cancelled", "stopped by the technician")
+
+    cloud, work = JobsService(), Work(act)
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work) as engine:
+        await until(lambda: work.runs)
+        assert not engine.cancel("other")
+        assert engine.cancel("a")
+        await closed(store, "a")
+    assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "cancelled")
+
+
+async def test_progress_is_told_and_the_step_timer_renewed(store):
+    release = asyncio.Event()
+
+    async def act(job):
+        await job.save({"n": 1}, "downloading")
+        await release.wait()
+        return {"message": "done"}
+
+    cloud = JobsService()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, Work(act)):
+        await until(lambda: sum(d["message"] == "downloading" for _, _, d in cloud.updates) >= 3)
+        release.set()
+        await closed(store, "a")
+    assert [s for _, s, _ in cloud.updates if s in TERMINAL] == ["SUCCEEDED"]

@@ -1,0 +1,352 @@
+"""The download against a real HTTP server with every fault it must live with."""
+
+import asyncio
+import hashlib
+import json
+import random
+import traceback
+
+import pytest
+from aiohttp import web
+
+from agent.errors import CloudError, FailedError, RefusedError
+from agent.updates.fetch import Limits, bytes_on_disk, check_urls, discard_others, fetch
+from tests.fakes_updates import Server, serving
+
+QUICK = Limits(chunk_bytes=64 * 1024, slow_for_s=0.3, first_wait_s=0.001, longest_wait_s=0.01, connect_s=2)
+SECRET = "X-Amz-Signature=canary-4711"
+
+
+async def no_fresh_urls():
+    raise CloudError("offline", "no connection", retryable=True)
+
+
+def job(content, tmp_path, **changes):
+    return {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "folder": tmp_path / "downloads",
+        "patience_s": 30,
+        "fresh_urls": no_fresh_urls,
+        "limits": QUICK,
+        **changes,
+    }
+
+
+def some_bytes(count, seed=1):
+    return random.Random(seed).randbytes(count)
+
+
+async def test_whole(tmp_path):
+    content, told = some_bytes(300_000), []
+    async with serving(Server(content)) as base:
+        path = await fetch([f"{base}/a?{SECRET}"], **job(content, tmp_path, on_progress=told.append))
+    assert path.read_bytes() == content
+    assert [p.name for p in path.parent.iterdir()] == [hashlib.sha256(content).hexdigest()]
+    assert told == sorted(told)
+    assert told[-1] == len(content)
+
+
+async def test_what_is_there_is_not_fetched_again(tmp_path):
+    content = some_bytes(1000)
+    async with serving(server := Server(content)) as base:
+        await fetch([base], **job(content, tmp_path))
+        await fetch([base], **job(content, tmp_path))
+        assert len(server.requests) == 1
+        (tmp_path / "downloads" / hashlib.sha256(content).hexdigest()).write_bytes(b"rotten")
+        path = await fetch([base], **job(content, tmp_path))
+    assert path.read_bytes() == content
+
+
+async def test_fifty_cuts_cost_little(tmp_path):
+    content = some_bytes(40 * 2**20)
+    server, dice = Server(content), random.Random(5)
+
+    def cut(after):
+        async def fault(server, request):
+            return await server.serve(request, cut_after=after)
+
+        return fault
+
+    server.faults = [cut(dice.randrange(1, 2 * len(content) // 51)) for _ in range(50)]
+    async with serving(server) as base:
+        path = await fetch([base], **job(content, tmp_path, patience_s=300, limits=Limits(first_wait_s=0.001)))
+    print(f"{len(server.requests)} requests, {server.sent / len(content):.4f} times the bytes")
+    assert path.read_bytes() == content
+    assert len(server.requests) == 51
+    assert server.sent <= 1.1 * len(content)
+
+
+async def test_goes_on_after_the_agent_was_killed(tmp_path):
+    content = some_bytes(500_000)
+    server, arrived = Server(content), asyncio.Event()
+
+    async def hang(server, request):
+        response = web.StreamResponse(headers={"ETag": server.etag})
+        response.content_length = len(content)
+        await response.prepare(request)
+        await response.write(content[:200_000])
+        await asyncio.sleep(3600)
+
+    server.faults = [hang]
+    calls = job(
+        content, tmp_path, limits=Limits(chunk_bytes=64 * 1024), on_progress=lambda n: n >= 128 * 1024 and arrived.set()
+    )
+    async with serving(server) as base:
+        task = asyncio.create_task(fetch([base], **calls))
+        await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        part = calls["folder"] / f"{calls['sha256']}.part"
+        with part.open("r+b") as file:
+            file.seek(0, 2)
+            file.write(b"bytes that were never fsynced")
+        path = await fetch([base], **calls)
+        assert path.read_bytes() == content
+        offset = int(server.requests[1].headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        assert offset >= 128 * 1024
+        assert server.requests[1].headers["If-Range"] == '"one"'
+
+
+async def test_a_damaged_part_file_is_noticed(tmp_path):
+    content = some_bytes(100_000)
+    calls = job(content, tmp_path)
+    calls["folder"].mkdir()
+    (calls["folder"] / f"{calls['sha256']}.part").write_bytes(b"x" * 50_000)
+    record = {"etag": '"one"', "size": len(content), "verified_offset": 50_000}
+    (calls["folder"] / f"{calls['sha256']}.json").write_text(json.dumps(record))
+    async with serving(server := Server(content)) as base:
+        assert (await fetch([base], **calls)).read_bytes() == content
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "sidecar",
+    [
+        b"",
+        b"[]",
+        b'{"size":1,"verified_offset":1,"etag":""}',
+        b'{"size":100000,"verified_offset":-5,"etag":""}',
+        b'{"size":100000,"verified_offset":99999,"etag":""}',
+    ],
+)
+async def test_a_bad_sidecar_means_from_the_start(tmp_path, sidecar):
+    content = some_bytes(100_000)
+    calls = job(content, tmp_path)
+    calls["folder"].mkdir()
+    (calls["folder"] / f"{calls['sha256']}.json").write_bytes(sidecar)
+    async with serving(Server(content)) as base:
+        assert (await fetch([base], **calls)).read_bytes() == content
+
+
+async def cut_in_the_middle(server, request):
+    return await server.serve(request, cut_after=200_000)
+
+
+async def test_a_server_without_ranges_starts_over(tmp_path):
+    content = some_bytes(400_000)
+    server = Server(content)
+
+    async def whole(server, request):
+        return await server.serve(request, ranges=False)
+
+    server.faults = [cut_in_the_middle, whole]
+    async with serving(server) as base:
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+    assert "Range" in server.requests[1].headers
+
+
+async def test_a_changed_etag_starts_over(tmp_path):
+    content = some_bytes(400_000)
+    server = Server(some_bytes(400_000, seed=2))
+
+    async def replaced(server, request):
+        server.content, server.etag = content, '"two"'
+
+    server.faults = [cut_in_the_middle, replaced]
+    async with serving(server) as base:
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+    assert len(server.requests) == 2
+
+
+async def test_another_range_than_asked_for(tmp_path):
+    content = some_bytes(400_000)
+    server = Server(content)
+
+    async def lies(server, request):
+        return await server.serve(request, headers={"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"})
+
+    server.faults = [cut_in_the_middle, lies]
+    async with serving(server) as base:
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+
+
+async def test_forbidden_in_the_middle_asks_for_new_urls(tmp_path):
+    content = some_bytes(400_000)
+    server, asked = Server(content), []
+
+    async def forbidden(server, request):
+        return web.Response(status=403)
+
+    async with serving(server) as base:
+
+        async def fresh():
+            asked.append(len(server.requests))
+            return [f"{base}/fresh?{SECRET}"]
+
+        server.faults = [cut_in_the_middle, forbidden]
+        path = await fetch([f"{base}/old?{SECRET}"], **job(content, tmp_path, fresh_urls=fresh))
+    assert path.read_bytes() == content
+    assert asked == [2]
+    assert server.requests[2].path == "/fresh"
+    assert "Range" in server.requests[2].headers
+
+
+async def test_refused_for_good_gives_up_and_tells_no_secret(tmp_path, capsys):
+    content = some_bytes(1000)
+    server, asked = Server(content), []
+    async with serving(server) as base:
+
+        async def forbidden(server, request):
+            return web.Response(status=403)
+
+        async def fresh():
+            asked.append(1)
+            return [f"{base}/fresh?{SECRET}"]
+
+        server.faults = [forbidden] * 20
+        with pytest.raises(FailedError) as error:
+            await fetch([f"{base}/old?{SECRET}"], **job(content, tmp_path, fresh_urls=fresh))
+    assert error.value.code == "download_refused"
+    assert "403" in error.value.message
+    assert len(asked) == 3
+    printed = capsys.readouterr()
+    assert "canary" not in "".join(traceback.format_exception(error.value)) + printed.out + printed.err
+
+
+async def test_nobody_there_ends_at_the_deadline_and_tells_no_secret(tmp_path, capsys):
+    with pytest.raises(FailedError) as error:
+        await fetch([f"http://127.0.0.1:1/a?{SECRET}"], **job(b"x", tmp_path, patience_s=0.2))
+    assert error.value.code == "download_timeout"
+    printed = capsys.readouterr()
+    assert "canary" not in "".join(traceback.format_exception(error.value)) + printed.out + printed.err
+
+
+async def test_the_next_url_is_tried(tmp_path):
+    content = some_bytes(1000)
+    server = Server(content)
+
+    async def missing(server, request):
+        return web.Response(status=404)
+
+    server.faults = [missing]
+    async with serving(server) as base:
+        await fetch(["http://127.0.0.1:1/a", f"{base}/gone", f"{base}/here"], **job(content, tmp_path))
+    assert [r.path for r in server.requests] == ["/gone", "/here"]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_too_many_bytes_abort(tmp_path, declared):
+    content = some_bytes(100_000)
+    server = Server(content + b"more")
+
+    async def chunked(server, request):
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"y" * 10_000)
+                server.sent += 10_000
+        except ConnectionError:
+            return response
+
+    server.faults = [] if declared else [chunked]
+    async with serving(server) as base:
+        with pytest.raises(FailedError) as error:
+            await fetch([base], **job(content, tmp_path))
+    assert error.value.code == "download_too_large"
+    kept = await asyncio.to_thread(bytes_on_disk, tmp_path / "downloads", hashlib.sha256(content).hexdigest())
+    assert kept == 0
+
+
+async def test_too_few_bytes(tmp_path):
+    content = some_bytes(100_000)
+    async with serving(Server(content[:-1])) as base:
+        with pytest.raises(FailedError) as error:
+            await fetch([base], **job(content, tmp_path))
+    assert error.value.code == "download_wrong_size"
+
+
+async def test_wrong_bytes_are_fetched_twice_and_never_handed_out(tmp_path):
+    content = some_bytes(100_000)
+    async with serving(server := Server(some_bytes(100_000, seed=3))) as base:
+        with pytest.raises(FailedError) as error:
+            await fetch([base], **job(content, tmp_path))
+    assert error.value.code == "digest_mismatch"
+    assert len(server.requests) == 2
+    assert not (tmp_path / "downloads" / hashlib.sha256(content).hexdigest()).exists()
+
+
+async def test_a_slow_drip_is_cut_and_gone_on_with(tmp_path):
+    content = some_bytes(100_000)
+    server = Server(content)
+
+    async def drip(server, request):
+        response = web.StreamResponse(headers={"ETag": server.etag})
+        response.content_length = len(content)
+        await response.prepare(request)
+        for position in range(1000):
+            try:
+                await response.write(content[position : position + 1])
+            except ConnectionError:
+                break
+            await asyncio.sleep(0.02)
+        return response
+
+    server.faults = [drip]
+    async with serving(server) as base:
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+    assert len(server.requests) == 2
+    assert int(server.requests[1].headers["Range"].removeprefix("bytes=").removesuffix("-")) > 0
+
+
+async def test_server_errors_are_waited_out(tmp_path):
+    content = some_bytes(1000)
+    server = Server(content)
+
+    def answer(status):
+        async def fault(server, request):
+            return web.Response(status=status)
+
+        return fault
+
+    server.faults = [answer(500), answer(503), answer(429), answer(408)]
+    async with serving(server) as base:
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "${aws:iot:s3-presigned-url:https://s3/x}",
+        "ftp://a/b",
+        "file:///etc/passwd",
+        "http://",
+        "http://a b/",
+        "",
+        "http://[/",
+    ],
+)
+def test_unusable_urls_are_refused(url):
+    with pytest.raises(RefusedError) as error:
+        check_urls([url])
+    assert error.value.code == "url_invalid"
+
+
+def test_older_downloads_are_discarded(tmp_path):
+    for name in ("a" * 64, "b" * 64 + ".part", "b" * 64 + ".json", "c" * 64 + ".part", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    discard_others(tmp_path, "c" * 64)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c" * 64 + ".part", "notes.txt"]

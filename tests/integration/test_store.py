@@ -1,0 +1,154 @@
+"""state.db: transactions, durability across kill -9, damage, bounds of the queue."""
+
+import asyncio
+import signal
+import sqlite3
+import sys
+import time
+
+import pytest
+
+from agent.errors import StoreError
+from agent.store import MIGRATIONS, Store
+
+
+@pytest.fixture
+async def store(tmp_path):
+    opened = await Store.open(tmp_path / "state" / "state.db")
+    yield opened
+    await opened.close()
+
+
+async def test_facts_survive_and_the_file_is_private(store):
+    await store.write(lambda t: t.set_fact("a", {"b": [1, None, "é"]}))
+    assert await store.read(lambda t: t.fact("a")) == {"b": [1, None, "é"]}
+    assert await store.read(lambda t: t.fact("none", 7)) == 7
+    assert store.path.stat().st_mode & 0o777 == 0o600
+    await store.close()
+    again = await Store.open(store.path)
+    assert await again.read(lambda t: t.fact("a")) == {"b": [1, None, "é"]}
+    await again.close()
+    store.__dict__.update((await Store.open(store.path)).__dict__)
+
+
+async def test_a_failed_change_leaves_nothing(store):
+    def change(tables):
+        tables.set_fact("a", 1)
+        tables.enqueue("t", b"x", priority=0)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await store.write(change)
+    assert await store.read(lambda t: (t.fact("a"), t.queue_size().messages)) == (None, 0)
+
+
+async def test_journal_keeps_one_record_per_execution(store):
+    def change(tables):
+        tables.put_job("a", 1, {"n": 1}, finished=True)
+        tables.put_job("a", 2, {"n": 2}, finished=False)
+        tables.put_job("a", 2, {"n": 3}, finished=False)
+
+    await store.write(change)
+    assert await store.read(lambda t: t.job("a")) == {"n": 3}
+    assert await store.read(lambda t: t.job("a", 1)) == {"n": 1}
+    assert await store.read(lambda t: t.job("b")) is None
+    assert await store.read(lambda t: t.jobs(finished=False)) == [{"n": 3}]
+    assert len(await store.read(lambda t: t.jobs())) == 2
+
+
+async def test_pruning_never_forgets_an_unfinished_execution(store):
+    def change(tables):
+        tables.put_job("open", 1, {"open": True}, finished=False)
+        for n in range(20):
+            tables.put_job(f"j{n}", 1, {"n": n}, finished=True)
+        tables.prune_jobs(5)
+
+    await store.write(change)
+    kept = await store.read(lambda t: t.jobs())
+    assert {"open": True} in kept
+    assert sorted(r["n"] for r in kept if "n" in r) == [15, 16, 17, 18, 19]
+
+
+async def test_queue_order_and_bounds(store):
+    def fill(tables):
+        for n in range(10):
+            tables.enqueue("t", bytes(100), priority=n % 2)
+
+    await store.write(fill)
+    messages = await store.read(lambda t: t.queued(limit=100))
+    assert [m.priority for m in messages] == [0] * 5 + [1] * 5
+    assert [m.id for m in messages[:5]] == sorted(m.id for m in messages[:5])
+    assert await store.write(lambda t: t.trim_queue(max_bytes=750, oldest_at=0)) == 3
+    left = await store.read(lambda t: t.queued(limit=100))
+    assert [m.id for m in left if m.priority == 1] == [8, 10], "the oldest of the least important went first"
+    assert len(left) == 7
+    assert await store.write(lambda t: t.trim_queue(max_bytes=10**6, oldest_at=time.time() + 1)) == 7
+    assert (await store.read(lambda t: t.queue_size())).messages == 0
+    assert await store.write(lambda t: t.enqueue("t", b"", priority=0)) == 11, "ids are not used again"
+
+
+async def test_a_damaged_file_is_kept_aside(tmp_path):
+    path = tmp_path / "state.db"
+    path.write_bytes(b"this is not a database" * 100)
+    store = await Store.open(path)
+    assert store.quarantined is not None
+    assert store.quarantined.read_bytes().startswith(b"this is not")
+    await store.write(lambda t: t.set_fact("works", True))
+    await store.close()
+
+
+async def test_a_file_of_a_later_version_can_be_used(tmp_path):
+    path = tmp_path / "state.db"
+    store = await Store.open(path)
+    await store.write(lambda t: t.set_fact("a", 1))
+    await store.close()
+    with sqlite3.connect(path) as newer:
+        newer.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+        newer.execute("CREATE TABLE later (x)")
+    newer.close()
+    store = await Store.open(path)
+    assert await store.read(lambda t: t.fact("a")) == 1
+    await store.close()
+
+
+async def test_what_cannot_be_opened_is_a_clear_error(tmp_path):
+    (tmp_path / "state.db").mkdir()
+    with pytest.raises(StoreError, match="state.db"):
+        await Store.open(tmp_path / "state.db")
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from agent.store import Store
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    n = await store.read(lambda t: t.fact("n", 0))
+    while True:
+        n += 1
+        def change(t):
+            t.set_fact("n", n)
+            t.put_job("j", n, {"n": n}, finished=False)
+        await store.write(change)
+        print(n, flush=True)
+asyncio.run(main())
+"""
+
+
+async def test_what_was_written_survives_kill_9(tmp_path):
+    path, promised = tmp_path / "state.db", 0
+    for _ in range(8):
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITER, str(path), stdout=asyncio.subprocess.PIPE
+        )
+        for _ in range(5):
+            promised = int(await child.stdout.readline())
+        child.send_signal(signal.SIGKILL)
+        rest, _ = await child.communicate()
+        promised = max([promised, *(int(line) for line in rest.split(b"\n")[:-1] if line)])
+        store = await Store.open(path)
+        n, records = await store.read(lambda t: (t.fact("n"), len(t.jobs(limit=10_000))))
+        await store.close()
+        assert store.quarantined is None
+        assert n >= promised
+        assert records == n, "fact and record are of one transaction"

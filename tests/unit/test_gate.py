@@ -1,0 +1,115 @@
+"""Judging a trial: what passes was well without a break, what fails early did harm for long."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.updates.gate import LONGEST_GAP_S, Check, Seen, Terms, harmful_after_s, judge
+
+TERMS = Terms(started=100.0, stable_for_s=20, deadline_s=120)
+HARMFUL_S = harmful_after_s(TERMS.stable_for_s)
+
+
+def images(ok):
+    return Check("images", ok, "front: blurred", "capture_worse", HARMFUL_S)
+
+
+def probe(ok):
+    return Check("probe", ok, "the probe ended with exit status 3", "probe_failed")
+
+
+def play(looks, terms=TERMS):
+    """(time of the verdict, verdict, looks up to it) for a script of (seconds since the look before, checks)."""
+    seen, now, done = Seen(), terms.started, []
+    for pause, checks in looks:
+        now += pause
+        done.append((now, checks))
+        seen, verdict = judge(seen, checks, now, terms)
+        if verdict.passed is not None:
+            return now, verdict, done
+    return None, verdict, done
+
+
+def test_all_well():
+    at, verdict, _ = play([(1, [images(True), probe(True)])] * 200)
+    assert verdict.passed
+    assert at == 121
+    assert "images, probe" in verdict.reasons[0]
+
+
+def test_a_blip_starts_the_time_again():
+    at, verdict, _ = play([(1, [images(i != 15)]) for i in range(200)])
+    assert verdict.passed
+    assert at == pytest.approx(100 + 17 + 20)
+
+
+def test_spoilt_images_fail_long_before_the_deadline():
+    at, verdict, _ = play([(1, [images(False), probe(True)])] * 200)
+    assert (verdict.passed, verdict.code) == (False, "capture_worse")
+    assert at == 101 + HARMFUL_S
+    assert verdict.reasons == ("front: blurred",)
+
+
+def test_short_spoilt_times_do_not_fail_early():
+    script = [(1, [images(None if i % 9 == 0 else False)]) for i in range(300)]
+    at, verdict, _ = play(script)
+    assert (at, verdict.code) == (220, "capture_worse")
+
+
+def test_a_failing_probe_has_until_the_deadline():
+    at, verdict, _ = play([(1, [images(True), probe(False)])] * 200)
+    assert (at, verdict.code) == (220, "probe_failed")
+    assert "exit status 3" in verdict.reasons[0]
+    assert play([(1, [probe(i > 90)]) for i in range(200)])[1].passed
+
+
+def test_unknown_is_not_well():
+    at, verdict, _ = play([(1, [images(None)])] * 200)
+    assert (at, verdict.passed, verdict.code) == (220, False, "deadline")
+
+
+def test_well_too_late():
+    _, verdict, _ = play([(1, [images(i > 110 or i % 5)]) for i in range(200)])
+    assert verdict.code == "deadline"
+
+
+def test_a_gap_is_a_break():
+    _, verdict, _ = play([(1, [images(True)]), (LONGEST_GAP_S + 1, [images(True)])])
+    assert verdict.passed is None
+
+
+def test_a_crash_loop_fails_at_once():
+    at, verdict, _ = play([(1, [Check("unit", False, "restarted 3 times", "unit_failed", 0)])])
+    assert (at, verdict.code) == (101, "unit_failed")
+
+
+STATES = st.sampled_from([True, True, True, True, False, None])
+LOOKS = st.lists(
+    st.tuples(st.floats(0.1, 50), st.tuples(STATES.map(images), STATES.map(probe))), min_size=1, max_size=60
+)
+
+
+@given(LOOKS)
+def test_any_script(looks):
+    at, verdict, done = play(looks)
+    deadline = TERMS.started + TERMS.deadline_s
+    if verdict.passed is None:
+        assert done[-1][0] < deadline
+        assert verdict.reasons
+        return
+    if verdict.passed:
+        assert at <= deadline
+        start = max((i for i, (_, checks) in enumerate(done) if not all(c.ok for c in checks)), default=-1) + 1
+        times = [now for now, _ in done[start:]]
+        assert times[-1] - times[0] >= TERMS.stable_for_s
+        return
+    assert verdict.reasons
+    if at < deadline:
+        assert verdict.code == "capture_worse"
+        harmful = [now for now, checks in done if now >= at - HARMFUL_S]
+        assert all(checks[0].ok is False for now, checks in done if now in harmful)
+
+
+@given(st.floats(1, 86_400))
+def test_harm_is_never_a_blip(stable_for_s):
+    assert 10 <= harmful_after_s(stable_for_s) <= 60

@@ -103,7 +103,7 @@ class Client:
         cloud = self._cloud
         if cloud.refuse_next:
             raise cloud.refuse_next.pop(0)
-        if "null" in json.dumps([value for value in _arrays(reported)]):
+        if "null" in json.dumps(list(_arrays(reported))):
             raise CloudError("400", "State contains an invalid node")
         merged = _merge(cloud.reported, reported)
         if len(json.dumps([merged, cloud.desired], separators=(",", ":"))) > LIMIT_BYTES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import gzip
 import hashlib
 import io
 import json
@@ -100,10 +101,12 @@ def member(name: str, content: bytes = b"", **attributes: Any) -> tuple[tarfile.
     return info, content
 
 
-def archive(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+def archive(path: Path, *members: tuple[tarfile.TarInfo, bytes], compressed: bool = True) -> Path:
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
         for info, content in members:
             tar.addfile(info, io.BytesIO(content))
+    path.write_bytes(gzip.compress(plain.getvalue(), mtime=0) if compressed else plain.getvalue())
     return path
 
 

@@ -20,7 +20,7 @@ MAX_JOBS = 200
 class Agent(Protocol):
     """What the daemon answers for; every dict is JSON, times are epoch seconds."""
 
-    def status(self) -> Json:
+    async def status(self) -> Json:
         """Everything at a glance: agent, health, cloud, capture, config, updates, jobs, outbox."""
         ...
 
@@ -92,7 +92,7 @@ class Route:
 
 
 async def _status(agent: Agent, _: Request) -> Reply:
-    return agent.status()
+    return await agent.status()
 
 
 JOB_KEYS = (

@@ -127,6 +127,9 @@ class Alarms:
             self._pace_from, self._paced = now, 0
         else:
             self._paced += 1
+            if now - self._pace_from >= self._pace_s:
+                self._judge_pace(now - self._pace_from, at)
+                self._pace_from, self._paced, self._pace_spoiled = now, 0, False
         if STOPPED in self._set and self._flowing >= STOPPED_CLEARS_AFTER:
             self._put(STOPPED, False, f"{self._source}: images arrive again", at)
         self._corrupt.append(corrupt)
@@ -179,12 +182,9 @@ class Alarms:
                 f"{self._source}: no image for {silence:.0f} s, one every {self._interval_s:g} s expected",
                 at,
             )
-        if self._pace_from is not None and now - self._pace_from >= self._pace_s:
-            self._judge_pace(now - self._pace_from, at)
-            self._pace_from, self._paced, self._pace_spoiled = now, 0, False
 
     def _judge_pace(self, elapsed: float, at: float) -> None:
-        """One image of tolerance keeps the edges of a short window from deciding."""
+        """Judged when an image arrives, since silence is another condition; one image of tolerance for the edges."""
         if self._pace_spoiled or STOPPED in self._set:
             return
         expected = elapsed / self._interval_s

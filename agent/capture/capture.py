@@ -312,7 +312,7 @@ async def _supervise(source: _Source) -> None:
         begun = time.monotonic()
         try:
             await source.follow()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach the other sources
             words = "capture source failed and is started again"
             await asyncio.to_thread(log.error, words, source=source.name, pause_s=pause_s, exc_info=error)
         if time.monotonic() - begun > BACK_OFF_S[1]:

@@ -68,7 +68,7 @@ class FolderTree:
         self._look_due = self._looked_at
         self._newest = 0.0
         self._offset = time.time() - self._looked_at
-        self._ready: dict[str, None] = {}
+        self._ready: dict[str, float] = {}  # path, and for how many seconds it has been known
 
     @property
     def descriptor(self) -> int | None:
@@ -228,7 +228,7 @@ class FolderTree:
             self._pending.pop(path, None)
             counted = mask & MOVED_TO and not self._moved.pop(cookie, (0, True))[1]
             if not counted:
-                self._ready[path] = None
+                self._ready[path] = 0.0
 
     def _resolve_moves(self) -> None:
         """An image that was moved out of the tree before it was looked at did arrive."""
@@ -236,7 +236,7 @@ class FolderTree:
             if turn < self._turn:
                 del self._moved[cookie]
                 if uncounted:
-                    self._ready[f"{self._root}{os.sep}(moved away {cookie})"] = None
+                    self._ready[f"{self._root}{os.sep}(moved away {cookie})"] = 0.0
 
     def _enter(self, folder: str, now: float) -> None:
         """Watch a new folder and those below it first, then look what is already in them."""
@@ -268,7 +268,7 @@ class FolderTree:
                     if remember or not self._inotify:
                         self._seen.add(file.key, self._stamp(file), now)
                 elif self._inotify and wall - file.changed > SETTLE_S:
-                    self._ready[file.path] = None
+                    self._ready[file.path] = 0.0
                 else:
                     self._pending[file.path] = (file, now + SETTLE_S)
 
@@ -282,7 +282,7 @@ class FolderTree:
             except OSError:
                 file = before
             if file and (file.key, file.size) == (before.key, before.size):
-                self._ready[path] = None
+                self._ready[path] = SETTLE_S
             elif file:
                 self._pending[path] = (file, now + SETTLE_S)
 
@@ -333,7 +333,7 @@ class FolderTree:
         wall = time.time()
         found: list[Found] = []
         for path in list(self._ready)[:FILES_PER_TURN]:
-            del self._ready[path]
+            known_s = self._ready.pop(path)
             try:
                 file = look(path)
             except OSError:
@@ -342,7 +342,7 @@ class FolderTree:
             if file is None or file.key in self._seen:
                 continue
             self._seen.add(file.key, self._stamp(file), now)
-            found.append(Found(path, now, wall, file.size, file.mtime))
+            found.append(Found(path, now, wall - known_s, file.size, file.mtime))
         return found
 
     @staticmethod

@@ -199,13 +199,16 @@ class Configuration:
             if shadow and version == self._seen and not connected and not self._reporter.in_doubt:
                 return
             self._seen = version
-            await self._consider(shadow.desired if shadow else None, version)
+            if not await self._consider(shadow.desired if shadow else None, version):
+                self._seen, self._connected = -1, self._connected or connected
+                return
             await self._reporter.send(self._reported(), self._smallest, resend=connected)
         except CloudError:
             self._connected |= connected
             raise
 
-    async def _consider(self, document: Any, version: int) -> None:
+    async def _consider(self, document: Any, version: int) -> bool:
+        """Bring what is wanted in force or say why not; False when something newer may be wanted by now."""
         self._wanted, malformed = wishes.parse(document)
         digest = wishes.digest(document) if malformed else self._wanted.digest
         self._room = reported.SHADOW_BYTES // 2 if malformed else reported.room_beside(document)
@@ -214,26 +217,27 @@ class Configuration:
             if refused:
                 log.info("the shadow wants what is in force again", version=version)
                 await self._keep(replace(self._kept, good=replace(good, version=version), refused=None))
-            return
+            return True
         if refused and refused.digest == digest and (refused.state == "reverted" or self._judged == digest):
-            return
+            return True
         self._judged = digest
         candidate, problems = wishes.validate(self._site, document, self._remote)
         if candidate is None:
             await self._reject(digest, version, problems)
-            return
+            return True
         plan = wishes.plan(self._good_settings, good.targets, candidate, self._remote)
         for name in plan.targets:
             if name in candidate.desired.targets:
                 problems += await targets.judge(name, self._components.targets[name], candidate.desired.targets[name])
         if problems:
             await self._reject(digest, version, problems)
-            return
+            return True
         async with self._lock:
             if self._wake.is_set():
-                self._judged = ""  # something newer may be wanted by now
-                return
+                self._judged = ""
+                return False
             await self._try(candidate, plan, version)
+        return True
 
     async def _reject(self, digest: str, version: int, problems: list[Problem]) -> None:
         before = self._kept.refused

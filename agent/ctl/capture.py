@@ -91,7 +91,8 @@ def _watch(arguments: Namespace, client: Client) -> int:
     live = sys.stdout.isatty() and not arguments.json
     for frame in client.lines("/v1/capture/stream"):
         if not live:
-            output.show_json(frame, line=True)
+            if not output.show_json(frame, line=True):
+                break
             continue
         now = time.time()
         lines = [f"capture, {output.moment(now)} (Ctrl-C ends)", "", *describe(frame, now)]

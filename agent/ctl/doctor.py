@@ -58,18 +58,18 @@ def describe(findings: Sequence[Finding]) -> list[str]:
     found = [finding for finding in findings if finding.status in ("fail", "warn")]
     found.sort(key=lambda finding: finding.status != "fail")
     colour = {"bad": "bad", "attention": "attention"}.get(state, "good")
-    summary = f": {output.clean(found[0].title)}" if found else ", nothing is wrong"
-    if len(found) > 1:
-        summary += f", and {len(found) - 1} more"
+    failures = sum(finding.status == "fail" for finding in found)
+    counts = [f"{failures} failed"] if failures else []
+    if warnings := len(found) - failures:
+        counts.append(f"{warnings} warning{'s' if warnings > 1 else ''}")
+    summary = f": {', '.join(counts)}; begin with {found[0].code}" if found else ", nothing is wrong"
     lines = [f"{output.paint(state, colour)}{summary}"]
     for finding in found:
         label = "failed" if finding.status == "fail" else "warning"
         lines += ["", f"  {output.paint(finding.code, 'bad' if label == 'failed' else 'attention')}  {label}"]
         for name, text in (("seen:  ", finding.seen), ("means: ", finding.meaning), ("fix:   ", finding.remedy)):
             lines += output.paragraph(name, text, 4) if text else []
-    rows: list[list[output.Cell]] = []
-    for finding in findings:
-        rows.append([LABELS[finding.status], finding.code, finding.seen or finding.title])
+    rows = [[LABELS[finding.status], finding.code, finding.seen or finding.title] for finding in findings]
     return [*lines, "", *output.table(rows)]
 
 

@@ -83,9 +83,6 @@ def main(argv: list[str] | None = None) -> int:
         return failure.exit_code
     except KeyboardInterrupt:
         return ANSWERED if getattr(arguments, "watch", False) else ERROR
-    except BrokenPipeError:
-        _discard_output()
-        return ANSWERED
     return status
 
 
@@ -107,10 +104,3 @@ def _show_failure(failure: Failure, arguments: argparse.Namespace, client: Clien
     if last_known:
         document["last_known"] = last_known
     output.show_json(document)
-
-
-def _discard_output() -> None:
-    """The reader of our pipe has gone; keep the interpreter from complaining when it flushes."""
-    import os
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

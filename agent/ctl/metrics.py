@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 
 from agent.ctl import output
@@ -18,6 +17,5 @@ def run(arguments: Namespace, client: Client) -> int:
     if arguments.json:
         output.show_json(client.get("/v1/metrics"))
     else:
-        sys.stdout.write(client.text("/metrics"))
-        sys.stdout.flush()
+        output.show(client.text("/metrics").removesuffix("\n"))
     return ANSWERED

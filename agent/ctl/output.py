@@ -34,13 +34,22 @@ def clean(value: Any) -> str:
 
 def show(lines: Iterable[str] | str) -> None:
     """Print text that a person reads."""
-    print(lines if isinstance(lines, str) else "\n".join(lines), flush=True)
+    _write(lines if isinstance(lines, str) else "\n".join(lines))
 
 
-def show_json(document: dict[str, Any], *, line: bool = False) -> None:
-    """Print a JSON object; on one line when it is one of a stream."""
-    document = {"schema": 1, **document}
-    print(json.dumps(document, indent=None if line else 2, ensure_ascii=False), flush=True)
+def show_json(document: dict[str, Any], *, line: bool = False) -> bool:
+    """Print a JSON object, on one line when it is one of a stream; whether anybody still reads."""
+    return _write(json.dumps({"schema": 1, **document}, indent=None if line else 2, ensure_ascii=False))
+
+
+def _write(text: str) -> bool:
+    """Print; a reader that has gone, as `head` does, must not change the exit status, so it is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def show_error(message: str, hint: str) -> None:

@@ -88,8 +88,8 @@ def _off_line(cloud: Json) -> list[str]:
 def _cloud(cloud: Json, now: float) -> list[output.Cell]:
     state = cloud.get("state", "unknown")
     where = f"{cloud['endpoint']}:{cloud.get('port', '')}" if cloud.get("endpoint") else "no endpoint is set"
-    since = f", for {output.duration(now - cloud['since'])}" if cloud.get("since") else ""
-    return ["Cloud", (state, "good" if state == "connected" else "attention"), f"{where}{since}"]
+    since = f"for {output.duration(now - cloud['since'])}, " if cloud.get("since") else ""
+    return ["Cloud", (state, "good" if state == "connected" else "attention"), f"{since}{where}"]
 
 
 def _capture(sources: Json) -> list[list[output.Cell]]:

@@ -22,9 +22,7 @@ class Collectors:
     camera. A collector that raises is left out of the round and logged once, until it works again.
     """
 
-    def __init__(
-        self, state_dir: Path, directories: Iterable[Path] = (), *, machine: Machine | None = None
-    ) -> None:
+    def __init__(self, state_dir: Path, directories: Iterable[Path] = (), *, machine: Machine | None = None) -> None:
         self._folders = [state_dir, *directories]
         self._machine = machine or Machine()
         self._failing: set[str] = set()

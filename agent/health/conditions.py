@@ -102,9 +102,7 @@ class Conditions:
         }
 
 
-def root_causes(
-    active: Iterable[tuple[str, str]], depends_on: Mapping[str, Iterable[str]]
-) -> list[tuple[str, str]]:
+def root_causes(active: Iterable[tuple[str, str]], depends_on: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
     """Those of `active` (condition, source) that no other active one explains.
 
     A cause explains a consequence of the same source; a cause or consequence without source concerns all.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from agent.errors import CloudError
@@ -138,8 +138,3 @@ class Outbox:
 
 def _count_drop(tables: Tables) -> None:
     tables.set_fact("outbox.dropped", tables.fact("outbox.dropped", 0) + 1)
-
-
-def topics(prefix: str, thing_name: str) -> Mapping[str, str]:
-    """Where each kind of message goes."""
-    return {kind: f"{prefix}/{thing_name}/{kind}" for kind in ("report", "event")}

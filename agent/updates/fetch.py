@@ -392,20 +392,3 @@ class _Download:
     async def _keep(self, buffer: bytearray) -> None:
         await to_end(self._part.append, buffer)
         self._on_progress(self._part.offset)
-
-
-def discard_others(folder: Path, keep: str) -> None:
-    """Remove what earlier downloads left in `folder`, all but the one of digest `keep`. Blocking."""
-    with contextlib.suppress(FileNotFoundError):
-        for path in folder.iterdir():
-            if re.match(r"^\.?[0-9a-f]{64}(\.|$)", path.name) and not path.name.lstrip(".").startswith(keep):
-                path.unlink()
-
-
-def bytes_on_disk(folder: Path, sha256: str) -> int:
-    """Bytes of the artifact that are on disk already, finished or not. Blocking."""
-    sizes: list[int] = []
-    for path in (folder / sha256, folder / f"{sha256}.part"):
-        with contextlib.suppress(OSError):
-            sizes.append(path.stat().st_size)
-    return max(sizes, default=0)

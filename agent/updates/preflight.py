@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,23 @@ def check_space(need: Mapping[Path, int]) -> None:
                 f"{path} has {free // 2**20} MiB free, the update needs {wanted // 2**20} MiB with its margin",
                 "free some space and start the job again",
             )
+
+
+def discard_others(folder: Path, keep: str) -> None:
+    """Remove what earlier downloads left in `folder`, all but the one of digest `keep`. Blocking."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if re.match(r"^\.?[0-9a-f]{64}(\.|$)", path.name) and not path.name.lstrip(".").startswith(keep):
+                path.unlink()
+
+
+def bytes_on_disk(folder: Path, sha256: str) -> int:
+    """Bytes of the artifact that are on disk already, finished or not. Blocking."""
+    sizes: list[int] = []
+    for path in (folder / sha256, folder / f"{sha256}.part"):
+        with contextlib.suppress(OSError):
+            sizes.append(path.stat().st_size)
+    return max(sizes, default=0)
 
 
 async def restart_target(target: UpdateTarget, units: Units | None) -> None:

@@ -12,8 +12,9 @@ from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.store import Store
 from agent.updates import records
+from agent.updates.acts import Job, Surroundings
 from agent.updates.fetch import DEFAULT_LIMITS, Limits, check_urls
-from agent.updates.flow import Flow, Job, Surroundings
+from agent.updates.flow import Flow
 from agent.updates.gate import Capture, Gate, Units
 from agent.updates.installers import SUPPORTED, Installer
 from agent.updates.installers.app import App

@@ -115,7 +115,7 @@ class FakeAgent:
     def state(self) -> dict[str, Any]:
         return self._state
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         return dict(self.state["status"])
 
     async def jobs(self, limit: int) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ async def _serve(runtime_dir: Path, state_file: Path) -> None:
     agent = FileAgent(state_file)
     server = Server(agent, runtime_dir / "api.sock")
     await server.open()
-    (runtime_dir / "status.json").write_text(json.dumps({"schema": 1, **agent.status()}))
+    (runtime_dir / "status.json").write_text(json.dumps({"schema": 1, **await agent.status()}))
     task = asyncio.create_task(server.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     print("listening", time.time(), flush=True)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,10 +88,13 @@ class Camera:
 
 
 @pytest.fixture
-def down(tmp_path: Path) -> Iterator[Camera]:
-    camera = Camera(tmp_path, healthy_state(time.time()))
-    yield camera
-    camera.stop()
+def down() -> Iterator[Camera]:
+    """A camera without a daemon; not in pytest's own folders, because other users can't get into those."""
+    with tempfile.TemporaryDirectory(prefix="camera-agent-") as name:
+        camera = Camera(Path(name), healthy_state(time.time()))
+        camera.folder.chmod(0o755)
+        yield camera
+        camera.stop()
 
 
 @pytest.fixture
@@ -403,6 +407,28 @@ def test_capture_in_a_pipe_is_one_object_a_line_until_its_reader_goes(camera: Ca
     watching.stderr.close()
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["status", "--check"], 11), (["status", "--check", "--json"], 11), (["jobs"], 0), (["metrics"], 0)],
+    ids=["check", "check json", "jobs", "metrics"],
+)
+def test_a_reader_that_goes_does_not_change_the_exit_status(camera: Camera, words: list[str], code: int):
+    make_sick(camera)
+
+    def run_unread() -> tuple[int, bytes]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [*AGENTCTL, *words], cwd=ROOT, env=camera.env(), stdout=writer, stderr=subprocess.PIPE, timeout=60
+        )
+        os.close(writer)
+        return done.returncode, done.stderr
+
+    assert run_unread() == (code, b"")
+    camera.stop()
+    assert run_unread()[0] == 3
+
+
 def test_ctrl_c_ends_a_watch_well(camera: Camera):
     watching = subprocess.Popen(
         [*AGENTCTL, "capture", "--watch"], cwd=ROOT, env=camera.env(), stdout=subprocess.PIPE, text=True
@@ -439,6 +465,66 @@ def test_metrics_are_the_agents_text(camera: Camera):
     assert document["metrics"][1]["samples"] == [{"labels": {"source": "front"}, "value": 60}]
 
 
+# ---- doctor and config check ------------------------------------------------------------------------------------------
+
+
+def write_settings(camera: Camera) -> Path:
+    (camera.folder / "front").mkdir()
+    (camera.folder / "front" / "1.jpg").write_bytes(b"x")
+    path = camera.folder / "agent.toml"
+    path.write_text(
+        f'[paths]\nstate_dir = "{camera.folder}"\nruntime_dir = "{camera.folder}"\n'
+        f'[capture.sources.front]\ndirectory = "{camera.folder}/front"\ninterval_s = 600\n'
+    )
+    return path
+
+
+def test_doctor_lists_its_checks(down: Camera):
+    assert re.search(r"^dns  ", down.run("doctor", "--list").stdout, re.MULTILINE)
+    code, document = down.json("doctor", "--list")
+    assert code == 0
+    assert {"config", "dns", "tls", "daemon", "capture"} <= {check["code"] for check in document["checks"]}
+
+
+def test_doctor_exits_by_what_it_finds(camera: Camera):
+    settings = str(write_settings(camera))
+    done = camera.run("doctor", "daemon", "capture", "--config", settings)
+    assert done.returncode == 0, done.stdout
+    code, document = camera.json("doctor", "config", "--strict", "--config", settings)
+    assert (code, document["state"]) == (10, "attention")
+    assert camera.run("doctor", "config", "--config", settings).returncode == 0
+    camera.stop()
+    done = camera.run("doctor", "daemon", "--config", settings)
+    assert done.returncode == 11
+    assert "begin with daemon" in done.stdout
+    assert ESCAPE not in done.stdout
+    code, document = camera.json("doctor", "daemon", "--config", settings)
+    assert (code, document["state"]) == (11, "bad")
+
+
+def test_doctor_says_itself_what_is_wrong_with_the_configuration(down: Camera):
+    done = down.run("doctor", "--config", str(down.folder / "none.toml"))
+    assert done.returncode == 11
+    assert "begin with config" in done.stdout
+
+
+def test_no_such_check_exits_5(down: Camera):
+    assert down.run("doctor", "weather").returncode == 5
+    assert down.json("doctor", "weather")[1]["error"]["code"] == "no_such_check"
+
+
+def test_config_check_lets_the_agent_judge(down: Camera):
+    settings = write_settings(down)
+    assert down.run("config", "check", str(settings)).returncode == 0
+    assert down.json("config", "check", str(settings))[1]["valid"] is True
+    settings.write_text("[paths]\nstate_dri = 1\n")
+    done = down.run("config", "check", str(settings))
+    assert done.returncode == 2
+    assert "state_dri" in done.stderr
+    code, document = down.json("config", "check", str(settings))
+    assert (code, document["error"]["code"]) == (2, "settings_invalid")
+
+
 # ---- usage, permissions, odd servers ----------------------------------------------------------------------------------
 
 
@@ -466,28 +552,21 @@ def test_usage_errors_exit_2(down: Camera, words: list[str]):
 def as_nobody(camera: Camera, mode: int) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """agentctl run by another user, from a copy of the package that this user can read."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable
-    home = Path(f"/tmp/agentctl-{os.getpid()}")
+    home = camera.folder / "package"
     shutil.copytree(ROOT / "agent" / "ctl", home / "agent" / "ctl")
     (home / "agent" / "__init__.py").touch()
-    for folder in camera.folder.parents:
-        if folder.is_relative_to("/tmp/pytest-of-root"):
-            folder.chmod(0o755)
-    camera.folder.chmod(0o755)
     camera.socket.chmod(mode)
-    try:
-        yield lambda *words: subprocess.run(
-            [python, "-m", "agent.ctl", *words],
-            cwd=home,
-            env=camera.env(),
-            user=65534,
-            group=65534,
-            extra_groups=[],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    finally:
-        shutil.rmtree(home)
+    yield lambda *words: subprocess.run(
+        [python, "-m", "agent.ctl", *words],
+        cwd=home,
+        env=camera.env(),
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @needs_root

@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 
 from agent.errors import CloudError, FailedError, RefusedError
-from agent.updates.fetch import Limits, bytes_on_disk, check_urls, discard_others, fetch
+from agent.updates.fetch import Limits, check_urls, fetch
+from agent.updates.preflight import bytes_on_disk, discard_others
 from tests.fakes_updates import Server, serving
 
 QUICK = Limits(chunk_bytes=64 * 1024, slow_for_s=0.3, first_wait_s=0.001, longest_wait_s=0.01, connect_s=2)

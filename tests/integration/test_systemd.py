@@ -355,3 +355,64 @@ async def test_one_connection_serves_many_calls(systemd: FakeSystemd, units: Uni
     first = units._bus
     await asyncio.gather(*(units.state("capture-pipeline.service") for _ in range(10)))
     assert units._bus is first
+
+
+# ---- the shipped files, judged by systemd's own tools
+
+
+def directives(file: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in file.read_text().splitlines():
+        key, separator, value = line.partition("=")
+        if separator and not line.startswith("#"):
+            found.setdefault(key, []).append(value)
+    return found
+
+
+@needs("systemd-analyze")
+def test_unit_is_valid(tmp_path: Path) -> None:
+    unit = tmp_path / "camera-agent.service"
+    shipped = (UNIT_FILES / "camera-agent.service").read_text()
+    unit.write_text(shipped.replace("/usr/bin/camera-agent run", "/bin/true run"))
+    result = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@needs("systemd-analyze")
+def test_unit_is_hardened() -> None:
+    result = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", UNIT_FILES / "camera-agent.service"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_unit_keeps_what_the_agent_needs() -> None:
+    unit = directives(UNIT_FILES / "camera-agent.service")
+    assert unit["ExecStart"] == ["/usr/bin/camera-agent run --config /etc/camera-agent/agent.toml"]
+    assert unit["Type"] == ["notify"]
+    assert unit["WatchdogSec"] == ["60"]
+    # psutil reads /proc/stat; asking for the clock's state is denied by ProtectClock; status.json outlives a stop.
+    assert "ProcSubset" not in unit
+    assert "ProtectClock" not in unit
+    assert unit["RuntimeDirectoryPreserve"] == ["yes"]
+    # A limit that a crash loop reaches would leave the camera dead until somebody comes.
+    loops = float(unit["StartLimitIntervalSec"][0]) / float(unit["RestartSec"][0])
+    assert loops < float(unit["StartLimitBurst"][0])
+
+
+@needs("systemd-sysusers")
+@needs("systemd-tmpfiles")
+@pytest.mark.skipif(os.geteuid() != 0, reason="making users and folders below another root needs root")
+def test_users_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    for tool, file in (("systemd-sysusers", "camera-agent.sysusers"), ("systemd-tmpfiles", "camera-agent.tmpfiles")):
+        command = [tool, *(["--create"] if tool.endswith("tmpfiles") else []), f"--root={tmp_path}", UNIT_FILES / file]
+        subprocess.run(command, check=True, capture_output=True)
+    groups = dict(line.split(":", 1) for line in (tmp_path / "etc/group").read_text().splitlines())
+    assert set(groups) == {"camera-agent", "camera-operators", "camera-admins"}
+    assert groups["camera-operators"].endswith(":camera-agent")
+    identity = (tmp_path / "var/lib/camera-agent/identity").stat()
+    uid = int((tmp_path / "etc/passwd").read_text().split(":")[2])
+    assert (identity.st_mode & 0o777, identity.st_uid) == (0o700, uid)

@@ -198,7 +198,9 @@ def test_five_pictures_with_one_or_two_bad_change_nothing() -> None:
 
 
 actions = st.lists(
-    st.tuples(st.sampled_from(["image", "corrupt", "dark", "blurred", "good", "tick", "stall", "folder"]), st.floats(0, 900)),
+    st.tuples(
+        st.sampled_from(["image", "corrupt", "dark", "blurred", "good", "tick", "stall", "folder"]), st.floats(0, 900)
+    ),
     max_size=150,
 )
 

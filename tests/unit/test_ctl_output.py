@@ -12,8 +12,10 @@ from agent.ctl import output
 from agent.ctl.capture import summary
 from agent.ctl.conditions import by_severity, describe_condition
 from agent.ctl.config import differences
+from agent.ctl.doctor import describe as describe_findings
 from agent.ctl.main import VERBS, parser
 from agent.ctl.status import describe, exit_code
+from agent.health.probes import Finding
 
 short = st.text(max_size=12)
 words = st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=15), max_size=40).map(" ".join)
@@ -170,3 +172,38 @@ def test_common_options_may_stand_before_and_after_the_verb():
     assert parser().parse_args(["--socket", "a", "status"]).socket == "a"
     assert parser().parse_args(["status", "--socket", "a"]).socket == "a"
     assert parser().parse_args(["status"]).json is False
+
+
+def test_doctor_names_failures_before_warnings_and_the_skipped_last():
+    lines = describe_findings(
+        [
+            Finding("clock", "clock", "critical", "warn", "not synchronised", "it drifts", "timedatectl"),
+            Finding("dns", "name", "critical", "fail", "unknown host", "no name server", "resolvectl status"),
+            Finding("tcp", "connection", "critical", "skip", "not checked because of dns", because="dns"),
+        ]
+    )
+    assert lines == [
+        "bad: 1 failed, 1 warning; begin with dns",
+        "",
+        "  dns  failed",
+        "    seen:  unknown host",
+        "    means: no name server",
+        "    fix:   resolvectl status",
+        "",
+        "  clock  warning",
+        "    seen:  not synchronised",
+        "    means: it drifts",
+        "    fix:   timedatectl",
+        "",
+        "WARN  clock  not synchronised",
+        "FAIL  dns    unknown host",
+        "skip  tcp    not checked because of dns",
+    ]
+
+
+def test_doctor_without_troubles():
+    assert describe_findings([Finding("dns", "name", "critical", "pass", "10.0.0.1")]) == [
+        "healthy, nothing is wrong",
+        "",
+        "ok  dns  10.0.0.1",
+    ]

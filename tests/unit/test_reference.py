@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.capture.image_quality import REGIONS, Measures
@@ -44,7 +44,9 @@ class Camera:
                 self.history.picture(self.now, picture)
 
     def reference(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(json.dumps(self.history.reference(self.now, 1.7e9, self.interval_s), allow_nan=False))
+        document: dict[str, Any] = json.loads(
+            json.dumps(self.history.reference(self.now, 1.7e9, self.interval_s), allow_nan=False)
+        )
         return document
 
     def compare(self, reference: dict[str, Any], since: float, interval_s: float | None = None) -> Comparison:
@@ -223,7 +225,11 @@ def test_a_dark_night_before_is_no_reason_after() -> None:
 
 
 def test_one_worse_source_decides_and_waiting_comes_next() -> None:
-    good, bad, waiting = Comparison(9, True, False, []), Comparison(7, False, False, ["b"]), Comparison(1, False, True, ["w"])
+    good, bad, waiting = (
+        Comparison(9, True, False, []),
+        Comparison(7, False, False, ["b"]),
+        Comparison(1, False, True, ["w"]),
+    )
     assert join([good, bad, waiting]) == Comparison(17, False, False, ["b"])
     assert join([good, waiting]).waiting
     assert not join([good, waiting]).ok
@@ -232,8 +238,10 @@ def test_one_worse_source_decides_and_waiting_comes_next() -> None:
     assert join([]).reasons
 
 
-@given(st.randoms(use_true_random=False), st.floats(0.0, 0.05), st.floats(0.2, 20))
-def test_ordinary_variation_is_never_worse(chance: random.Random, spread: float, interval_s: float) -> None:
+@settings(deadline=None, max_examples=40)
+@given(st.integers(), st.floats(0.0, 0.05), st.floats(0.2, 20))
+def test_ordinary_variation_is_never_worse(seed: int, spread: float, interval_s: float) -> None:
+    chance = random.Random(seed)
     camera = Camera(interval_s)
 
     def deliver(count: int) -> None:

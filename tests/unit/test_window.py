@@ -74,7 +74,9 @@ def test_a_gap_over_several_windows_counts_once_and_its_length_grows() -> None:
     assert window.close(30.0)["gaps"] == 1
 
 
-@pytest.mark.parametrize(("interval_s", "pause", "gaps"), [(0.1, 1.9, 0), (0.1, 2.1, 1), (10.0, 19.0, 0), (10.0, 21.0, 1)])
+@pytest.mark.parametrize(
+    ("interval_s", "pause", "gaps"), [(0.1, 1.9, 0), (0.1, 2.1, 1), (10.0, 19.0, 0), (10.0, 21.0, 1)]
+)
 def test_what_counts_as_a_gap(interval_s: float, pause: float, gaps: int) -> None:
     window = Window(interval_s, 0.0)
     window.image(0.0, 1)
@@ -137,10 +139,14 @@ def test_counts_are_never_negative_and_add_up(interval_s: float, actions: list[t
             reports.append(window.close(now))
     reports.append(window.close(now))
     kinds = [action for _, action, _ in actions]
-    assert sum(report["images"] for report in reports) == sum(kinds.count(kind) for kind in ("image", "late", "corrupt"))
+    assert sum(report["images"] for report in reports) == sum(
+        kinds.count(kind) for kind in ("image", "late", "corrupt")
+    )
     assert sum(report["corrupt"] for report in reports) == kinds.count("corrupt")
     assert sum(report["bytes"] for report in reports) == 7 * sum(report["images"] for report in reports)
-    assert sum(report.get("latency_samples", 0) + report["latency_implausible"] for report in reports) == kinds.count("latency")
+    assert sum(report.get("latency_samples", 0) + report["latency_implausible"] for report in reports) == kinds.count(
+        "latency"
+    )
     for report in reports:
         json.dumps(report, allow_nan=False)
         assert all(value >= 0 for value in report.values() if isinstance(value, (int, float)))
@@ -179,6 +185,6 @@ def test_the_share_of_time_stays_within_the_budget(budget: float, costs: list[fl
         spent += cost
         governor.spent(cost, now)
         wait = governor.wait_s(now)
-        assert wait <= LONGEST_PAUSE_S
+        assert wait <= LONGEST_PAUSE_S + 1e-6
         now += max(wait, cost * (100 / budget - 1))
     assert spent <= now * budget / 100 + 1e-6

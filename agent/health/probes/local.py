@@ -44,9 +44,13 @@ def check_clock(site: Site) -> Outcome:
     """The time is possible, and the kernel follows NTP."""
     now = site.now()
     shown = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if 0 <= now < 2**36 else f"{now:.0f} s"
-    remedy = "check NTP: `timedatectl`, `timedatectl timesync-status`; once by hand: `sudo date -u -s 'YYYY-MM-DD HH:MM'`"
+    remedy = (
+        "check NTP: `timedatectl`, `timedatectl timesync-status`; once by hand: `sudo date -u -s 'YYYY-MM-DD HH:MM'`"
+    )
     if not OLDEST_TIME <= now <= LATEST_TIME:
-        return Outcome("fail", f"the clock says {shown}", "no certificate is valid at this time, so nothing connects", remedy)
+        return Outcome(
+            "fail", f"the clock says {shown}", "no certificate is valid at this time, so nothing connects", remedy
+        )
     begin = _not_before(site)
     if begin is not None and now < begin - 86400:
         return Outcome(
@@ -57,7 +61,9 @@ def check_clock(site: Site) -> Outcome:
         )
     synchronised = (site.clock_synchronised or _kernel_clock_synchronised)()
     if synchronised is False:
-        return Outcome("warn", f"{shown}, not synchronised by NTP", "the clock drifts, and times in reports with it", remedy)
+        return Outcome(
+            "warn", f"{shown}, not synchronised by NTP", "the clock drifts, and times in reports with it", remedy
+        )
     return Outcome("pass", shown + (", synchronised" if synchronised else ""))
 
 
@@ -127,7 +133,9 @@ def check_certificate(site: Site) -> Outcome:
         return Outcome("fail", f"it expired on {until}", "the cloud refuses this camera", remedy)
     if now < begin:
         since = datetime.fromtimestamp(begin, UTC).strftime("%Y-%m-%d %H:%M UTC")
-        return Outcome("fail", f"it is not valid before {since}", "the camera's clock may be behind", "see `timedatectl`")
+        return Outcome(
+            "fail", f"it is not valid before {since}", "the camera's clock may be behind", "see `timedatectl`"
+        )
     if end - now < 30 * 86400:
         return Outcome("warn", f"it expires on {until}", "soon the cloud will refuse this camera", remedy)
     return Outcome("pass", f"valid until {until}")
@@ -147,7 +155,9 @@ def check_key(site: Site) -> Outcome:
         mismatch = error.reason == "KEY_VALUES_MISMATCH"
         return Outcome(
             "fail",
-            "the private key is not the certificate's" if mismatch else f"they can't be loaded: {error.reason or error}",
+            "the private key is not the certificate's"
+            if mismatch
+            else f"they can't be loaded: {error.reason or error}",
             "the camera can't prove its identity",
             PROVISION.format(path=site.config_path),
         )
@@ -226,7 +236,9 @@ def _check_source(site: Site, name: str, table: dict[str, Any]) -> Outcome:
     age = max(site.now() - newest, 0)
     words = f"{name}: newest image {_duration(age)} old"
     if age > max(3 * interval, 60):
-        return Outcome("fail", f"{words}, expected every {interval:g} s", "the pipeline has stopped writing images", look)
+        return Outcome(
+            "fail", f"{words}, expected every {interval:g} s", "the pipeline has stopped writing images", look
+        )
     return Outcome("pass", words)
 
 

@@ -111,7 +111,9 @@ def check_tcp(site: Site) -> Outcome:
         refused = isinstance(error, ConnectionRefusedError)
         meaning = "nothing listens there" if refused else "a firewall drops the packets, or the network is cut off"
         other = 443 if port == 8883 else 8883
-        remedy = f"allow outgoing TCP {port} to {host} in the firewall, or set cloud.port = {other} in {site.config_path}"
+        remedy = (
+            f"allow outgoing TCP {port} to {host} in the firewall, or set cloud.port = {other} in {site.config_path}"
+        )
         return Outcome("fail", f"{host} port {port}: {_words(error)}", meaning, remedy)
     return Outcome("pass", f"{host} port {port} answers")
 
@@ -290,7 +292,10 @@ def check_mqtt(site: Site) -> Outcome:
         "fail",
         seen,
         "the way is open but the broker does not accept the session",
-        str(cloud.get("hint") or "check the certificate's policy in AWS IoT, and `journalctl -u camera-agent.service -n 50`"),
+        str(
+            cloud.get("hint")
+            or "check the certificate's policy in AWS IoT, and `journalctl -u camera-agent.service -n 50`"
+        ),
     )
 
 

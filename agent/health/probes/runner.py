@@ -189,9 +189,7 @@ def run_checks(
     needed = [check for code, check in table.items() if code in _with_dependencies(wanted, table)]
     found = _run(needed, site or Site(config_path))
     return [
-        found[check.code]
-        for check in needed
-        if check.code in wanted or found[check.code].status in ("fail", "warn")
+        found[check.code] for check in needed if check.code in wanted or found[check.code].status in ("fail", "warn")
     ]
 
 

@@ -1,0 +1,328 @@
+"""The daemon: the one place where everything is built, joined, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agent.api.server import Server
+from agent.capture.capture import Capture
+from agent.cloud import identity, provisioning, topics
+from agent.cloud.jobs import JobsClient
+from agent.cloud.session import Session
+from agent.cloud.shadow import ShadowClient
+from agent.config.configuration import Configuration
+from agent.errors import AgentError, CloudError
+from agent.health.health import Health
+from agent.host import clock, files
+from agent.host.systemd import Notifier, Units
+from agent.jobs.engine import Engine
+from agent.jobs.operations.restart import Restart
+from agent.jobs.operations.run import Run
+from agent.logs import get_logger, set_level
+from agent.settings import Settings
+from agent.store import Store
+from agent.supervise import VitalTaskError, restarting, vital
+from agent.telemetry.outbox import Outbox
+from agent.telemetry.reports import Reports, Sources
+from agent.updates.preflight import restart_target
+from agent.updates.update import Update
+from agent.views import Parts, View
+
+SESSION_RETRY_S = 30.0
+SNAPSHOT_S = 15.0
+log = get_logger("daemon")
+
+
+class Daemon:
+    """One camera's agent. `document` is agent.toml parsed, `settings` the same validated."""
+
+    def __init__(self, settings: Settings, document: dict[str, Any], config_file: Path, version: str) -> None:
+        self._settings = settings
+        self._document = document
+        self._version = version
+        self._instance = uuid.uuid4().hex
+        self._stop = asyncio.Event()
+        self._restart = False
+        self._notifier = Notifier()
+        self._units = Units()
+        self._mutation_lock = asyncio.Lock()
+        self._parts = Parts(settings, config_file, version, started_at=time.time())
+        self._certificate_not_after: float | None = None
+        self._store: Store
+
+    async def run(self) -> bool:
+        """Run until SIGTERM or SIGINT; whether the process should start itself again. Raises AgentError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        state_dir = self._settings.paths.state_dir
+        try:
+            self._store = self._parts.store = await Store.open(state_dir / "state.db")
+        except OSError as error:
+            raise AgentError("state_dir_failed", f"{state_dir}: {error.strerror}", "check [paths] state_dir") from error
+        try:
+            await self._serve()
+        finally:
+            self._notifier.stopping()
+            await self._units.close()
+            await self._store.close()
+        return self._restart
+
+    async def _serve(self) -> None:
+        view = View(self._parts)
+        server = Server(view, self._settings.api_socket)
+        await server.open()
+        tasks = asyncio.create_task(self._tasks(server, view), name="tasks")
+        stop = asyncio.create_task(self._stop.wait(), name="stop")
+        log.info("started", version=self._version, instance=self._instance)
+        self._notifier.ready()
+        try:
+            await asyncio.wait({tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (tasks, stop):
+                task.cancel()
+            await asyncio.wait({tasks, stop})
+            await self._keep_snapshot(view, running=False)
+        if not tasks.cancelled() and (error := tasks.exception()):
+            raise _first_cause(error)
+        log.info("stopped", restart=self._restart)
+
+    async def _tasks(self, server: Server, view: View) -> None:
+        """Every long-running task, in one list."""
+        settings, parts = self._settings, self._parts
+        folders = [source.directory for source in settings.capture.sources.values()]
+        parts.capture = Capture(settings.capture.sources, settings.capture, on_event=self._note)
+        parts.health = Health(
+            settings.paths.state_dir,
+            folders,
+            certificate_not_after=lambda: self._certificate_not_after,
+            on_event=self._note,
+        )
+        async with asyncio.TaskGroup() as group:
+            start = partial(_start, group)
+            start("local API", vital, server.run)
+            start("capture", restarting, parts.capture.run)
+            start("health", restarting, parts.health.run)
+            start("snapshot", restarting, partial(self._keep_snapshots, view))
+            start("watchdog", vital, self._feed_watchdog)
+            start("cloud", vital, self._cloud)
+
+    async def _cloud(self) -> None:
+        """What needs the camera's name: from here on it has one."""
+        thing = self._parts.thing_name = await self._obtain_name()
+        await self._store.write(lambda t: t.set_fact("thing_name", thing))
+        settings, parts, store = self._settings, self._parts, self._store
+        session = parts.session = Session(
+            client_id=thing,
+            cloud=settings.cloud,
+            certificate_file=settings.certificate_file,
+            private_key_file=settings.private_key_file,
+        )
+        outbox = parts.outbox = Outbox(
+            store, settings.telemetry, publish=session.publish, wait_online=session.wait_connected
+        )
+        reports = parts.reports = self._build_reports(thing, outbox)
+        update = parts.updates = self._build_update(session)
+        await update.load()
+        jobs = JobsClient(session, thing)
+        engine = parts.engine = Engine(
+            store=store,
+            jobs=jobs,
+            operations={operation.name: operation for operation in (update, self._build_restart(), Run(settings.jobs))},
+            allow=list(settings.jobs.allow),
+        )
+        jobs.on_notify_next(lambda _: engine.wake())
+        configuration = parts.configuration = self._build_configuration(thing, session, update)
+
+        async def ready() -> None:
+            engine.wake()
+            await outbox.connected()
+            await configuration.on_ready()
+
+        session.on_ready(ready)
+        async with asyncio.TaskGroup() as group:
+            start = partial(_start, group)
+            start("session", vital, partial(self._stay_connected, session))
+            start("jobs", vital, engine.run)
+            start("configuration", restarting, configuration.run)
+            start("outbox", restarting, outbox.run)
+            start("reports", restarting, reports.run)
+
+    def _build_reports(self, thing: str, outbox: Outbox) -> Reports:
+        parts, prefix = self._parts, self._settings.telemetry.topic_prefix
+        assert parts.health
+        assert parts.capture
+        health, capture = parts.health, parts.capture
+        return Reports(
+            outbox,
+            Sources(
+                host=lambda: health.values,
+                capture=capture.close_window,
+                conditions=lambda: sorted({c["condition"] for c in parts.conditions()}),
+            ),
+            thing_name=thing,
+            boot_id=clock.boot_id(),
+            topics={"report": topics.report(prefix, thing), "event": topics.event(prefix, thing)},
+            agent={"version": self._version},
+            interval_s=self._settings.telemetry.interval_s,
+        )
+
+    def _build_update(self, session: Session) -> Update:
+        settings = self._settings
+        return Update(
+            settings.updates.targets,
+            keys_dir=settings.updates.keys_dir,
+            downloads_dir=settings.paths.state_dir / "downloads",
+            store=self._store,
+            units=self._units,
+            capture=self._parts.capture,
+            cloud_ok=partial(_is_connected, session),
+            mutation_lock=self._mutation_lock,
+            agent_version=self._version,
+        )
+
+    def _build_restart(self) -> Restart:
+        def restart_agent() -> None:
+            self._restart = True
+            self._stop.set()
+
+        targets: Mapping[str, Callable[[], Awaitable[None]]] = {
+            name: partial(restart_target, target, self._units)
+            for name, target in self._settings.updates.targets.items()
+            if target.unit or target.restart
+        }
+        return Restart(instance=self._instance, restart_agent=restart_agent, targets=targets)
+
+    def _build_configuration(self, thing: str, session: Session, update: Update) -> Configuration:
+        return Configuration(
+            site=self._document,
+            settings=self._settings,
+            store=self._store,
+            shadow=ShadowClient(session, thing, "config"),
+            units=self._units,
+            gate=ConfigurationGate(update),
+            apply_agent=self._apply,
+            mutation_lock=self._mutation_lock,
+            online=partial(_is_connected, session),
+        )
+
+    async def _apply(self, settings: Settings) -> None:
+        """Put the live settings in force; the rest of agent.toml can't be changed remotely."""
+        parts = self._parts
+        parts.settings = settings
+        set_level(settings.log.level)
+        if parts.capture:
+            parts.capture.reconfigure(settings.capture)
+        if parts.reports:
+            parts.reports.set_interval(settings.telemetry.interval_s)
+
+    async def _obtain_name(self) -> str:
+        """The thing name, provisioning the camera first where it has no certificate; tries until it succeeds."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                if not await asyncio.to_thread(identity.exists, self._settings):
+                    await provisioning.provision(self._settings)
+                name = await asyncio.to_thread(identity.thing_name, self._settings)
+                certificate = await asyncio.to_thread(identity.read_certificate, self._settings.certificate_file)
+            except CloudError as error:
+                self._parts.identity_error = error
+                pause = provisioning.retry_s(error, attempt, random.random())  # noqa: S311  jitter
+                log.error(
+                    "no identity yet", code=error.code, reason=error.message, hint=error.hint, retry_s=round(pause)
+                )
+                await asyncio.sleep(pause)
+            else:
+                self._parts.identity_error = None
+                self._certificate_not_after = certificate.not_after
+                return name
+
+    async def _stay_connected(self, session: Session) -> None:
+        """The session; what makes it give up (unreadable files, no endpoint) is logged, shown, and tried again."""
+        while True:
+            try:
+                await session.run()
+            except CloudError as error:
+                log.error("can't connect", code=error.code, reason=error.message, hint=error.hint)
+            await asyncio.sleep(SESSION_RETRY_S)
+
+    async def _feed_watchdog(self) -> None:
+        """Feed systemd's watchdog while the loop turns and the store answers; being off-line is not being sick."""
+        interval = self._notifier.watchdog_interval_s or 30.0
+        while True:
+            async with asyncio.timeout(interval):
+                await self._store.read(lambda t: t.fact("thing_name"))
+            self._notifier.watchdog()
+            self._notifier.status(self._parts.one_line())
+            await asyncio.sleep(interval / 2)
+
+    async def _keep_snapshots(self, view: View) -> None:
+        while True:
+            await self._keep_snapshot(view, running=True)
+            await asyncio.sleep(SNAPSHOT_S)
+
+    async def _keep_snapshot(self, view: View, *, running: bool) -> None:
+        """The last status beside the socket, for agentctl when the daemon is down."""
+        snapshot = await view.snapshot(running=running)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(
+                files.write_atomic, self._settings.paths.runtime_dir / "status.json", snapshot, 0o640
+            )
+
+    def _note(self, change: dict[str, Any]) -> None:
+        level = log.info if change["state"] == "clear" or change["severity"] == "info" else log.warning
+        level("condition", **{key: change[key] for key in ("condition", "state", "source", "message")})
+        if self._parts.reports:
+            self._parts.reports.note(change)
+
+
+class ConfigurationGate:
+    """The gate of updates, in the form that a configuration's trial asks for."""
+
+    def __init__(self, update: Update) -> None:
+        self._gate = update.gate
+
+    async def reference(self) -> dict[str, Any]:
+        return await self._gate.baseline()
+
+    async def watch(
+        self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float
+    ) -> tuple[bool, list[str]]:
+        verdict = await self._gate.watch(
+            reference, since=time.monotonic(), stable_for_s=stable_for_s, deadline_s=deadline_s
+        )
+        return verdict.passed is True, list(verdict.reasons)
+
+
+def _start(
+    group: asyncio.TaskGroup,
+    name: str,
+    supervise: Callable[[str, Callable[[], Awaitable[None]]], Awaitable[None]],
+    run: Callable[[], Awaitable[None]],
+) -> None:
+    async def task() -> None:
+        await supervise(name, run)
+
+    group.create_task(task(), name=name)
+
+
+def _is_connected(session: Session) -> bool:
+    return session.link.state == "connected"
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, VitalTaskError):
+        return AgentError("vital_task_failed", f"the agent can't go on without its task {error}", "its log says why")
+    return error

@@ -143,6 +143,12 @@ class Daemon:
         jobs.on_notify_next(lambda _: engine.wake())
         configuration = parts.configuration = self._build_configuration(thing, session, update)
 
+        def on_update(_: str, payload: bytes) -> None:
+            if b'"desired"' in payload:
+                configuration.look_again()  # a key that is only removed makes no delta
+
+        session.subscribe(topics.accepted(topics.shadow_update(thing, "config")), on_update)
+
         async def ready() -> None:
             engine.wake()
             await outbox.connected()
@@ -299,7 +305,11 @@ class ConfigurationGate:
         self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float
     ) -> tuple[bool, list[str]]:
         verdict = await self._gate.watch(
-            reference, since=time.monotonic(), stable_for_s=stable_for_s, deadline_s=deadline_s
+            reference,
+            since=time.monotonic(),
+            stable_for_s=stable_for_s,
+            deadline_s=deadline_s,
+            cloud=False,  # a lost network says nothing about a configuration that has nothing to do with it
         )
         return verdict.passed is True, list(verdict.reasons)
 

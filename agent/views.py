@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.api.openmetrics import Metric, Type
+from agent.api.routes import public_job
 from agent.capture.capture import Capture
 from agent.cloud.session import Link, Session
 from agent.config.configuration import Configuration
@@ -147,7 +148,13 @@ class View:
 
     def config(self) -> Json:
         configuration = self._parts.configuration
-        return {"effective": configuration.effective() if configuration else {}, "shadow": self._config_state()}
+        if configuration is None:
+            return {"file": str(self._parts.config_file), "effective": {}, "shadow": self._config_state()}
+        return {
+            "file": str(self._parts.config_file),
+            "effective": configuration.effective(),
+            "shadow": {**self._config_state(), "desired": configuration.wanted()},
+        }
 
     def explain(self, key: str) -> Json:
         if self._parts.configuration is None:
@@ -232,4 +239,7 @@ class View:
     async def _jobs(self) -> Json:
         current = self._parts.engine.current if self._parts.engine else None
         finished = await self._parts.store.read(lambda t: t.jobs(finished=True, limit=1)) if self._parts.store else []
-        return {"current": current.to_json() if current else None, "last": finished[0] if finished else None}
+        return {
+            "current": public_job(current.to_json()) if current else None,
+            "last": public_job(finished[0]) if finished else None,
+        }

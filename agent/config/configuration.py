@@ -131,6 +131,10 @@ class Configuration:
             name, version, problems = "applied", kept.good.version, ()
         return {"state": name, "desired_version": version, "errors": [problem.as_json() for problem in problems]}
 
+    def wanted(self) -> dict[str, Any]:
+        """What the shadow asks for, as far as it could be read: `agent` and `targets`."""
+        return {"agent": self._wanted.agent, "targets": self._wanted.targets}
+
     def effective(self) -> dict[str, dict[str, Any]]:
         """Every key in dotted form with its value in force, its origin, since when, and whether the shadow may set it."""
         return origins.effective(self._site, self._in_force_settings(), self._in_force(), self._remote)
@@ -222,14 +226,11 @@ class Configuration:
             return True
         self._judged = digest
         candidate, problems = wishes.validate(self._site, document, self._remote)
-        if candidate is None:
-            await self._reject(digest, version, problems)
-            return True
-        plan = wishes.plan(self._good_settings, good.targets, candidate, self._remote)
-        for name in plan.targets:
-            if name in candidate.desired.targets:
-                problems += await targets.judge(name, self._components.targets[name], candidate.desired.targets[name])
-        if problems:
+        plan = wishes.plan(self._good_settings, good.targets, candidate, self._remote) if candidate else None
+        for name, wanted in self._wanted.targets.items():
+            if name in self._components.targets and (plan is None or name in plan.targets):
+                problems += await targets.judge(name, self._components.targets[name], wanted)
+        if candidate is None or plan is None or problems:
             await self._reject(digest, version, problems)
             return True
         async with self._lock:

@@ -151,13 +151,12 @@ def validate(
         for name in desired.targets
         if name not in known
     ]
-    if problems:
-        return None, problems
+    allowed = _allowed(desired.agent, site, remote)
     try:
-        merged = Settings.model_validate(merge(site, desired.agent))
+        merged = Settings.model_validate(merge(site, allowed))
     except ValidationError as error:
-        return None, [_invalid(key, words, desired.agent) for key, words in schema.explain(error)]
-    problems = list(_coerced(desired.agent, merged.model_dump(mode="json"), remote))
+        return None, problems + [_invalid(key, words, allowed) for key, words in schema.explain(error)]
+    problems += _coerced(allowed, merged.model_dump(mode="json"), remote)
     return (None, problems) if problems else (Candidate(desired, merged), [])
 
 
@@ -283,6 +282,21 @@ def _forbidden(
             yield Problem(where, "can't be set remotely: local only, change it in agent.toml", "local_only")
         else:
             yield Problem(where, f"unknown key{suggestion(here)}", "unknown_key")
+
+
+def _allowed(agent: Mapping[str, Any], site: Mapping[str, Any], remote: Marks, path: KeyPath = ()) -> dict[str, Any]:
+    """What is left of desired.agent without the keys that `_forbidden` names."""
+    kept: dict[str, Any] = {}
+    for key, value in agent.items():
+        here = (*path, key)
+        if remote(here):
+            if _exists(site, here):
+                kept[key] = value
+        elif is_table(here) and isinstance(value, dict):
+            below = _allowed(value, site, remote, here)
+            if below:
+                kept[key] = below
+    return kept
 
 
 def _exists(site: Mapping[str, Any], path: KeyPath) -> bool:

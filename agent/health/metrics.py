@@ -2,13 +2,12 @@
 
 Names follow OpenTelemetry's conventions for hosts and processes. A value with attributes is one flat key,
 `system.memory.usage{state=used}`: attributes sorted by name, without quotes; characters that would make the key ambiguous
-are replaced by `_`. The same keys stand in reports and, by `openmetrics`, at `/metrics`.
+are replaced by `_`. Reports carry these keys; /metrics takes them apart again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,9 +52,6 @@ METRICS: dict[str, Metric] = {
     "process.unix.file_descriptor.count": Metric("{file_descriptor}", "open file descriptors of the agent"),
 }  # fmt: skip
 
-# UCUM unit -> the suffix OpenMetrics wants; ratios only where the value is a share, flags and counts have none.
-SUFFIXES = {"By": "bytes", "s": "seconds", "Cel": "celsius"}
-
 
 def metric_key(name: str, **attributes: str) -> str:
     """The flat key of `name` with `attributes`."""
@@ -70,33 +66,3 @@ def split_key(key: str) -> tuple[str, dict[str, str]]:
     name, _, rest = key.partition("{")
     pairs = (pair.partition("=") for pair in rest.removesuffix("}").split(",") if pair)
     return name, {key: value for key, _, value in pairs}
-
-
-def openmetrics(values: Mapping[str, float], metrics: Mapping[str, Metric] = METRICS) -> str:
-    """`values` by flat key as OpenMetrics families, without the closing `# EOF`; names unknown to `metrics` become plain gauges."""
-    families: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for key, value in values.items():
-        name, attributes = split_key(key)
-        families.setdefault(name, []).append((attributes, value))
-    lines: list[str] = []
-    for name, samples in sorted(families.items()):
-        metric = metrics.get(name, Metric("", name))
-        suffix = SUFFIXES.get(metric.unit, "")
-        family = re.sub(r"[^a-zA-Z0-9_]", "_", name) + (f"_{suffix}" if suffix else "")
-        lines.append(f"# TYPE {family} {metric.kind}")
-        if suffix:
-            lines.append(f"# UNIT {family} {suffix}")
-        lines.append(f"# HELP {family} {_escape(metric.description)}")
-        for attributes, value in samples:
-            labels = ",".join(f'{_label(label)}="{_escape(text)}"' for label, text in attributes.items())
-            total = "_total" if metric.kind == "counter" else ""
-            lines.append(f"{family}{total}{f'{{{labels}}}' if labels else ''} {value}")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _label(name: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9_]", "_", name)
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

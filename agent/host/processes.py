@@ -62,7 +62,8 @@ async def run(
     this returns. A program that ends by itself may leave others running. Raises OSError when it can't be started.
     """
     started = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
+    transport, output = await asyncio.get_running_loop().subprocess_exec(
+        lambda: _Output(keep_bytes),
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -74,55 +75,68 @@ async def run(
         extra_groups=None if user is None else [],
         start_new_session=True,
     )
-    assert process.stdout
-    assert process.stderr
-    readers = [asyncio.create_task(_tail(stream, keep_bytes)) for stream in (process.stdout, process.stderr)]
     timed_out = False
     try:
         async with asyncio.timeout(timeout_s):
-            await process.wait()
+            await output.exited.wait()
     except TimeoutError:
         timed_out = True
     finally:
-        if process.returncode is None:
-            await asyncio.shield(_end_group(process))
+        if not output.exited.is_set():
+            await asyncio.shield(_end_group(transport.get_pid(), output.exited))
         # What it left running may hold the pipes open for ever; what was printed until now is enough.
-        await asyncio.wait(readers, timeout=1.0)
-        for reader in readers:
-            reader.cancel()
-        await asyncio.wait(readers)
-    code = process.returncode if process.returncode is not None else 0
-    stdout, stderr = [
-        reader.result() if reader.done() and not reader.cancelled() else Output("", 0) for reader in readers
-    ]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await output.closed.wait()
+        transport.close()
+    code = transport.get_returncode() or 0
     return Result(
         exit_code=code if code >= 0 else None,
         signal=-code if code < 0 else None,
         timed_out=timed_out,
         duration_s=time.monotonic() - started,
-        stdout=stdout,
-        stderr=stderr,
+        stdout=output.of(1),
+        stderr=output.of(2),
     )
 
 
-async def _tail(stream: asyncio.StreamReader, keep: int) -> Output:
-    kept, total = b"", 0
-    while chunk := await stream.read(65536):
-        total += len(chunk)
-        kept = (kept + chunk)[-keep:]
-    return Output(kept.decode("utf-8", "replace"), total - len(kept))
+class _Output(asyncio.SubprocessProtocol):
+    """Keeps the last bytes of standard output (1) and standard error (2)."""
+
+    def __init__(self, keep: int) -> None:
+        self.exited = asyncio.Event()
+        self.closed = asyncio.Event()
+        self._keep = keep
+        self._kept = {1: b"", 2: b""}
+        self._total = {1: 0, 2: 0}
+        self._open = {1, 2}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self._total[fd] += len(data)
+        self._kept[fd] = (self._kept[fd] + data)[-self._keep :]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002
+        self._open.discard(fd)
+        if not self._open:
+            self.closed.set()
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+    def of(self, fd: int) -> Output:
+        return Output(self._kept[fd].decode("utf-8", "replace"), self._total[fd] - len(self._kept[fd]))
 
 
-async def _end_group(process: asyncio.subprocess.Process) -> None:
+async def _end_group(pid: int, exited: asyncio.Event) -> None:
     """SIGTERM, then SIGKILL, to the whole group; returns when its leader is reaped."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(pid, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(TERMINATION_GRACE_S):
-            await process.wait()
+            await exited.wait()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+        os.killpg(pid, signal.SIGKILL)
+    await exited.wait()
 
 
 def _primary_group(user: str) -> int:

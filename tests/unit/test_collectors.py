@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.health.collectors import Collectors
-from agent.health.metrics import METRICS, metric_key, openmetrics, split_key
+from agent.health.metrics import METRICS, metric_key, split_key
 from agent.host.machine import Machine
 
 
@@ -135,31 +135,6 @@ def test_keys_are_unambiguous(attributes: dict[str, str]) -> None:
     assert name == "system.memory.usage"
     assert set(found) == set(attributes)
     assert metric_key(name, **found) == key
-
-
-def test_openmetrics() -> None:
-    text = openmetrics(
-        {
-            "system.network.io{direction=receive,interface=eth0}": 12,
-            "system.network.io{direction=transmit,interface=eth0}": 13,
-            "system.cpu.utilization": 0.5,
-            'hw.temperature{sensor=a"b\\c}': 41.5,
-        }
-    )
-    assert text.splitlines() == [
-        "# TYPE hw_temperature_celsius gauge",
-        "# UNIT hw_temperature_celsius celsius",
-        "# HELP hw_temperature_celsius temperature by sensor",
-        r'hw_temperature_celsius{sensor="a\"b\\c"} 41.5',
-        "# TYPE system_cpu_utilization gauge",
-        "# HELP system_cpu_utilization busy share of all processors since the reading before",
-        "system_cpu_utilization 0.5",
-        "# TYPE system_network_io_bytes counter",
-        "# UNIT system_network_io_bytes bytes",
-        "# HELP system_network_io_bytes bytes by interface and direction",
-        'system_network_io_bytes_total{direction="receive",interface="eth0"} 12',
-        'system_network_io_bytes_total{direction="transmit",interface="eth0"} 13',
-    ]
 
 
 def test_every_metric_has_a_unit_and_a_meaning() -> None:

@@ -22,6 +22,7 @@ from agent.cloud.shadow import ShadowClient
 from agent.config.configuration import Configuration
 from agent.errors import AgentError, CloudError
 from agent.health.health import Health
+from agent.health.probes.certificates import validity
 from agent.host import clock, files
 from agent.host.systemd import Notifier, Units
 from agent.jobs.engine import Engine
@@ -240,7 +241,7 @@ class Daemon:
                 if not await asyncio.to_thread(identity.exists, self._settings):
                     await provisioning.provision(self._settings)
                 name = await asyncio.to_thread(identity.thing_name, self._settings)
-                certificate = await asyncio.to_thread(identity.read_certificate, self._settings.certificate_file)
+                self._certificate_not_after = await asyncio.to_thread(_expiry, self._settings.certificate_file)
             except CloudError as error:
                 self._parts.identity_error = error
                 pause = provisioning.retry_s(error, attempt, random.random())  # noqa: S311  jitter
@@ -250,7 +251,6 @@ class Daemon:
                 await asyncio.sleep(pause)
             else:
                 self._parts.identity_error = None
-                self._certificate_not_after = certificate.not_after
                 return name
 
     async def _stay_connected(self, session: Session) -> None:
@@ -324,6 +324,14 @@ def _start(
         await supervise(name, run)
 
     group.create_task(task(), name=name)
+
+
+def _expiry(certificate_file: Path) -> float | None:
+    """When the certificate ends, epoch seconds; None for one that can't be read, which the session will complain about."""
+    try:
+        return validity(certificate_file.read_text(encoding="ascii"))[1]
+    except (OSError, ValueError):
+        return None
 
 
 def _is_connected(session: Session) -> bool:

@@ -27,13 +27,17 @@ def rows(model: type[Section], path: str) -> Iterator[tuple[str, str, str]]:
     for name, field in model.model_fields.items():
         section, many = section_of(field.annotation)
         if section:
-            inner.append((f"{path}.{name}" if path else name, section) if not many else (f"{path}.{name}.<name>", section))
+            inner.append(
+                (f"{path}.{name}" if path else name, section) if not many else (f"{path}.{name}.<name>", section)
+            )
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         default = "**required**" if field.is_required() else code(field.default)
         remote = next((mark.applies for mark in field.metadata if isinstance(mark, Remote)), "")
         meaning = (field.description or "").replace("\n", " ").replace("|", "\\|")
-        lines.append(f"| `{name}` | {words(field.annotation)} | {default} | {extra.get('unit', '')} | {remote} | {meaning} |")
+        lines.append(
+            f"| `{name}` | {words(field.annotation)} | {default} | {extra.get('unit', '')} | {remote} | {meaning} |"
+        )
     yield path, (model.__doc__ or "").strip(), "\n".join(lines)
     for where, section in inner:
         yield from rows(section, where.lstrip("."))
@@ -42,7 +46,11 @@ def rows(model: type[Section], path: str) -> Iterator[tuple[str, str, str]]:
 def section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation, False
-    if get_origin(annotation) is dict and isinstance(get_args(annotation)[1], type) and issubclass(get_args(annotation)[1], Section):
+    if (
+        get_origin(annotation) is dict
+        and isinstance(get_args(annotation)[1], type)
+        and issubclass(get_args(annotation)[1], Section)
+    ):
         return get_args(annotation)[1], True
     return None, False
 
@@ -78,7 +86,9 @@ def page() -> str:
         parts.append(f"\n## {f'[{path}]' if path else 'Top level'}\n")
         if path:
             parts.append(f"{meaning}\n")
-        parts.append("| key | type | default | unit | remote | meaning |\n| --- | --- | --- | --- | --- | --- |\n" + table + "\n")
+        parts.append(
+            "| key | type | default | unit | remote | meaning |\n| --- | --- | --- | --- | --- | --- |\n" + table + "\n"
+        )
     return "\n".join(parts)
 
 

@@ -18,7 +18,7 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
     if not inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
         yield
         return
-    blocker = BlockBuster(scanned_modules=["agent"])
+    blocker = BlockBuster(scanned_modules=["agent"], excluded_modules=["agent.sandbox"])
     blocker.activate()
     try:
         yield

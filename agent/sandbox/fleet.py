@@ -58,24 +58,31 @@ class Sandbox:
             return None
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(how)
-        try:
-            return await asyncio.wait_for(process.wait(), AGENT_STOP_LIMIT_S)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            return await process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AGENT_STOP_LIMIT_S):
+                return await process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        return await process.wait()
 
     async def add_camera(self, serial: str, **options: Any) -> Camera:
         """One more camera with a running pipeline, behind the proxy; `options` are those of `make_camera`."""
-        camera = await asyncio.to_thread(
-            make_camera,
-            self.folder / f"cam-{serial}",
-            self.aws,
-            self.fleet,
-            serial=serial,
-            mqtt_port=self.proxy.port,
-            **options,
+        making = asyncio.create_task(
+            asyncio.to_thread(
+                make_camera,
+                self.folder / f"cam-{serial}",
+                self.aws,
+                self.fleet,
+                serial=serial,
+                mqtt_port=self.proxy.port,
+                **options,
+            )
         )
+        try:
+            camera = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.to_thread((await making).close)  # the thread goes on; its pipeline must not outlive us
+            raise
         self.cameras.append(camera)
         root = self.keys / "root.json"
         if await asyncio.to_thread(root.exists):

@@ -26,6 +26,7 @@ from agent.sandbox import pipelinectl
 PACKAGE = Path(__file__).resolve().parents[1]
 KEEP_IMAGES = 300
 STALE_INTERVALS, STALE_LEAST_S = 3.0, 5.0
+OWNER_LOOK_S = 1.0
 PROGRAM = """\
 #!/bin/sh
 trap '' HUP  # a reload before the program is ready for it must not end it
@@ -150,10 +151,12 @@ class Pipeline:
         print(f"started, {self.behaviour}, an image every {self.interval_s:g} s", flush=True)
         due = time.monotonic()
         while _owner_lives(self.root):
-            due = max(due + self.interval_s, time.monotonic())
-            if self.behaviour.kind != "silent":
-                self.write_image(datetime.now(UTC))
-            caught = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            if now >= due:
+                due = max(due + self.interval_s, now)
+                if self.behaviour.kind != "silent":
+                    self.write_image(datetime.now(UTC))
+            caught = signal.sigtimedwait(awaited, min(OWNER_LOOK_S, max(0.0, due - time.monotonic())))
             if caught is None:
                 continue
             if caught.si_signo != signal.SIGHUP:

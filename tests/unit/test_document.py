@@ -11,7 +11,11 @@ from agent.jobs.document import parse
 
 MANAGED = {
     "AWS-Reboot": {"handler": "reboot.sh", "path": "${aws:iot:parameter:pathToHandler}"},
-    "AWS-Download-File": {"handler": "download-file.sh", "args": ["https://h/f?X-Amz-Signature=1", "/tmp/f"], "path": ""},
+    "AWS-Download-File": {
+        "handler": "download-file.sh",
+        "args": ["https://h/f?X-Amz-Signature=1", "/tmp/f"],
+        "path": "",
+    },
     "AWS-Install-Application": {"handler": "install-packages.sh", "args": ["vim curl"], "path": "default"},
     "AWS-Restart-Application": {"handler": "restart-services.sh", "args": ["a b"]},
 }
@@ -37,16 +41,29 @@ def test_flags_as_words_and_as_booleans(given_value, meant):
 
 
 def test_the_old_form():
-    old = {"operation": "download-file.sh", "args": ["a"], "path": "default", "includeStdOut": "true", "allowStdErr": "1"}
+    old = {
+        "operation": "download-file.sh",
+        "args": ["a"],
+        "path": "default",
+        "includeStdOut": "true",
+        "allowStdErr": "1",
+    }
     operation, document = parse(old)
     assert operation == "run"
     action = document["steps"][0]["action"]
-    assert (action["input"]["handler"], action["input"]["args"], action["allow_std_err"]) == ("download-file.sh", ["a"], 1)
+    assert (action["input"]["handler"], action["input"]["args"], action["allow_std_err"]) == (
+        "download-file.sh",
+        ["a"],
+        1,
+    )
     assert document["include_std_out"] is True
 
 
 def step(**changes):
-    return {"version": "1.0", "steps": [{"action": {"name": "a", "type": "runHandler", "input": {"handler": "h"}, **changes}}]}
+    return {
+        "version": "1.0",
+        "steps": [{"action": {"name": "a", "type": "runHandler", "input": {"handler": "h"}, **changes}}],
+    }
 
 
 @pytest.mark.parametrize(
@@ -82,7 +99,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=20,
 )
-keys = st.sampled_from(["version", "operation", "steps", "target", "action", "finalStep", "conditions", "urls", "manifest"])
+keys = st.sampled_from(
+    ["version", "operation", "steps", "target", "action", "finalStep", "conditions", "urls", "manifest"]
+)
 
 
 @given(st.dictionaries(keys, json_values | st.sampled_from(["1.0", "update", "run", "restart"]), max_size=8))

@@ -26,7 +26,11 @@ except ValueError:
 
 def run(log_format):
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(format=log_format)], capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, "-c", SCRIPT.format(format=log_format)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
     ).stderr
 
 

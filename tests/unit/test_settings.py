@@ -67,7 +67,13 @@ def test_a_missing_or_unreadable_file(tmp_path):
 def test_only_marked_keys_may_be_set_by_the_cloud():
     assert settings.remote(("telemetry", "interval_s")).applies == "live"
     assert settings.remote(("capture", "sources", "any", "interval_s"))
-    for local in (("cloud", "endpoint"), ("jobs", "allow"), ("updates", "keys_dir"), ("thing_name",), ("nothing", "here")):
+    for local in (
+        ("cloud", "endpoint"),
+        ("jobs", "allow"),
+        ("updates", "keys_dir"),
+        ("thing_name",),
+        ("nothing", "here"),
+    ):
         assert settings.remote(local) is None
 
 

@@ -225,7 +225,7 @@ class Session:
                 await self._hold_off(diagnosis)
         finally:
             if self._link.state != "stopped":
-                self._set_link("stopped")
+                self._set_link("stopped", reason="the agent was stopped")
 
     async def _await_turn(self) -> None:
         """At most one CONNECT a second, whatever asks for it."""

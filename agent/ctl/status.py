@@ -28,7 +28,7 @@ def run(arguments: Namespace, client: Client) -> int:
     try:
         status = _wait_online(client, arguments.timeout) if arguments.wait else client.get("/v1/status")
     except Failure as failure:
-        last_known = None if arguments.json else client.last_known()
+        last_known = None if arguments.json or failure.code == "not_online" else client.last_known()
         if failure.exit_code not in (DAEMON_DOWN, TIMED_OUT) or last_known is None:
             raise
         output.show_error(failure.message, failure.hint)

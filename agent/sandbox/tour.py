@@ -117,7 +117,7 @@ async def _take(step: Step, guide: Guide, *, first: bool) -> Result:
         if not first:
             _check_agent(guide.sandbox, guide.thing)
         result = Result(step.name, await step.run(guide))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the other steps are taken all the same
         words = str(error) if isinstance(error, UnexpectedError) else f"{type(error).__name__}: {error}"
         result = Result(step.name, words, words)
     seen = textwrap.wrap(result.seen, SEEN_WIDTH)

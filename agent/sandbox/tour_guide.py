@@ -24,6 +24,7 @@ Json = dict[str, Any]
 LIMIT_S = 90.0
 POLL_S = 0.4
 COMMAND_LIMIT_S = 60.0
+WIDTH = 96
 INDENT = " " * 8
 TERMINAL = {"SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "REMOVED", "CANCELED"}
 
@@ -55,8 +56,20 @@ def say(*lines: str) -> None:
 
 
 def show(document: Any) -> None:
-    """Print JSON below the step's title."""
-    say(*json.dumps(document, indent=2, ensure_ascii=False).splitlines())
+    """Print JSON below the step's title; what fits on a line is on one."""
+    say(*_json_lines(document))
+
+
+def _json_lines(value: Any, start: str = "", end: str = "") -> list[str]:
+    line = f"{start}{json.dumps(value, ensure_ascii=False)}{end}"
+    if len(line) <= WIDTH or not isinstance(value, dict):
+        return [line]
+    lines = [f"{start}{{"]
+    for number, (key, below) in enumerate(value.items(), 1):
+        comma = "," if number < len(value) else ""
+        inner = _json_lines(below, f"{json.dumps(key, ensure_ascii=False)}: ", comma)
+        lines += [f"  {inner_line}" for inner_line in inner]
+    return [*lines, f"}}{end}"]
 
 
 def check(good: bool, otherwise: str) -> None:

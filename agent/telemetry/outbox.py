@@ -19,6 +19,7 @@ from agent.store import Message, Store, Tables
 EVENT, REPORT = 0, 1
 BATCH = 16
 REFUSALS = 3
+NOTHING_IS_LIVE = 2**62
 log = get_logger("outbox")
 
 
@@ -41,6 +42,7 @@ class Outbox:
         self._fresh = asyncio.Event()
         self._boundary = 0
         self._refused: dict[int, int] = {}
+        self._sending: set[int] = set()
         self._connected_anew = asyncio.Event()
 
     async def put(self, kind: str, priority: int, topic: str, render: Callable[[int], bytes]) -> int:
@@ -82,7 +84,11 @@ class Outbox:
 
     async def connected(self) -> None:
         """Called after each connect: what is queued now is backlog, what comes is live."""
+        self._boundary = (
+            NOTHING_IS_LIVE  # until it is known; else all that waited would be sent as live, and as backlog too
+        )
         self._boundary = await self._store.read(lambda t: t.newest_queued())
+        self._fresh.set()
         self._connected_anew.set()
 
     async def run(self) -> None:
@@ -113,11 +119,17 @@ class Outbox:
             await asyncio.sleep(1 / self._settings.backlog_per_s)
 
     async def _send(self, batch: list[Message]) -> None:
-        results = await asyncio.gather(*(self._send_one(message) for message in batch))
-        done = [message.id for message, sent in zip(batch, results, strict=True) if sent]
-        if done:
-            await self._store.write(lambda t: t.dequeue(done))
-        else:
+        """Send those that are not being sent already, and take what was acknowledged out of the queue."""
+        batch = [message for message in batch if message.id not in self._sending]
+        self._sending.update(message.id for message in batch)
+        try:
+            results = await asyncio.gather(*(self._send_one(message) for message in batch))
+            done = [message.id for message, sent in zip(batch, results, strict=True) if sent]
+            if done:
+                await self._store.write(lambda t: t.dequeue(done))
+        finally:
+            self._sending.difference_update(message.id for message in batch)
+        if not done:
             await asyncio.sleep(1)
 
     async def _send_one(self, message: Message) -> bool:

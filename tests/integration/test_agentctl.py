@@ -223,6 +223,7 @@ def test_waiting_for_online_times_out_with_the_reason(camera: Camera):
     done = camera.run("status", "--wait", "online", "--timeout", "0.1")
     assert done.returncode == 6
     assert "can't be resolved" in done.stderr
+    assert "Last known" not in done.stdout, "the agent answers, what it wrote down earlier is of no use"
     code, document = camera.json("status", "--wait", "online", "--timeout", "0.1")
     assert (code, document["error"]["code"]) == (6, "not_online")
 

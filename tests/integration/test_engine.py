@@ -61,7 +61,7 @@ async def running(store, cloud, work, allow=("restart",)):
 
 async def until(condition):
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  the model of the cloud has no event
+        while not condition():
             await asyncio.sleep(0.005)
 
 

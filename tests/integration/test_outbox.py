@@ -20,6 +20,8 @@ class Cloud:
         self.arrived = asyncio.Condition()
         self.refuse = set()
         self.lose_acknowledgements = False
+        self.acknowledge = asyncio.Event()
+        self.acknowledge.set()
 
     async def publish(self, topic, payload):
         if not self.online.is_set():
@@ -29,6 +31,7 @@ class Cloud:
         async with self.arrived:
             self.got.append(payload)
             self.arrived.notify_all()
+        await self.acknowledge.wait()
         if self.lose_acknowledgements:
             raise CloudError("timeout", "no PUBACK", retryable=True)
 
@@ -97,6 +100,28 @@ async def test_live_goes_before_the_backlog_and_events_before_reports(store):
         await cloud.wait_for(lambda: len(cloud.got) == 7)
     assert set(cloud.got[:2]) == {b"report6", b"event1"}, "the live report and the event do not wait for the backlog"
     assert cloud.got[2:] == [b"report1", b"report2", b"report3", b"report4", b"report5"]
+
+
+async def test_what_waited_is_sent_once_though_the_session_is_up_before_the_outbox_is_told(store):
+    cloud = Cloud()
+    outbox = build(store, cloud)
+    cloud.online.set()
+    async with running(outbox):
+        await outbox.connected()
+        await put(outbox)
+        await empty(store)
+        cloud.online.clear()
+        for _ in range(10):
+            await put(outbox)
+        cloud.acknowledge.clear()
+        cloud.online.set()
+        await cloud.wait_for(lambda: len(cloud.got) == 11)
+        await outbox.connected()
+        for _ in range(10):
+            await store.read(lambda t: t.queue_size())
+        cloud.acknowledge.set()
+        await empty(store)
+    assert sorted(cloud.got) == sorted(f"report{n}".encode() for n in range(1, 12))
 
 
 async def test_nothing_is_lost_over_a_cut_and_a_restart(store, tmp_path):

@@ -324,7 +324,8 @@ async def test_proxy_plays_the_faults_of_a_network() -> None:
         proxy.blackhole()
         writer.write(b"two")
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.readexactly(3), 0.2)
+            async with asyncio.timeout(0.2):
+                await reader.readexactly(3)
         await proxy.restore()
         assert await reader.readexactly(3) == b"two"
         proxy.delay_s = 0.05

@@ -113,7 +113,7 @@ async def test_a_file_of_a_later_version_can_be_used(tmp_path):
 
 async def test_what_cannot_be_opened_is_a_clear_error(tmp_path):
     (tmp_path / "state.db").mkdir()
-    with pytest.raises(StoreError, match="state.db"):
+    with pytest.raises(StoreError, match=r"state\.db"):
         await Store.open(tmp_path / "state.db")
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from agent.health.probes import Check, Finding, Site, UnknownCheckError, list_checks, local, network, run_checks, runner
 from agent.health.probes.certificates import validity
-from agent.health.probes.runner import Outcome
+from agent.health.probes.model import Outcome
 from agent.settings import Settings
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)

@@ -58,7 +58,7 @@ def test_a_missing_or_unreadable_file(tmp_path):
     with pytest.raises(SettingsError, match="no such file"):
         settings.load(tmp_path / "none.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SettingsError, match="binary.toml"):
+    with pytest.raises(SettingsError, match=r"binary\.toml"):
         settings.load(tmp_path / "binary.toml")
     with pytest.raises(SettingsError):
         settings.load(tmp_path)

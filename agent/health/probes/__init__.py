@@ -3,6 +3,7 @@
 Standard library only, so that agentctl can run them at once and with the daemon down; the daemon runs the same ones.
 """
 
-from agent.health.probes.runner import Check, Finding, Site, UnknownCheckError, list_checks, run_checks
+from agent.health.probes.model import Check, Finding, Site
+from agent.health.probes.runner import UnknownCheckError, list_checks, run_checks
 
 __all__ = ["Check", "Finding", "Site", "UnknownCheckError", "list_checks", "run_checks"]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agent.health.probes.runner import ConfigProblem, Outcome, Site
+from agent.health.probes.model import ConfigProblem, Outcome, Site
 
 MIB = 2**20
 GIB = 2**30

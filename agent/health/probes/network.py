@@ -6,7 +6,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
-from agent.health.probes.runner import Outcome, Site, is_address, is_loopback
+from agent.health.probes.model import Outcome, Site, is_address, is_loopback
 
 if TYPE_CHECKING:
     import ssl

@@ -1,7 +1,7 @@
 """The list of checks: the first failure that is shown is the root cause."""
 
 from agent.health.probes import local, network
-from agent.health.probes.runner import Check
+from agent.health.probes.model import Check
 
 CHECKS = (
     Check("config", "configuration file", "critical", local.check_config),

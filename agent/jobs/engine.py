@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from agent.cloud.jobs import Execution, JobsClient
-from agent.errors import AgentError, CloudError, FailedError, RefusedError
+from agent.errors import AgentError, CloudError, FailedError, RefusedError, StoreError
 from agent.jobs import machine
 from agent.jobs.document import parse
 from agent.jobs.machine import Effect, Event, Phase, Record
@@ -26,6 +26,7 @@ NEWS_INTERVAL_S = 2.0
 POLL_S = 600.0
 STEP_TIMEOUT_MINUTES = 240
 RETRY_S = (2.0, 300.0)
+STORE_RETRY_S = 10.0
 KEPT_EXECUTIONS = 50
 log = get_logger("jobs")
 
@@ -88,6 +89,7 @@ class Engine:
         self._news = asyncio.Event()
         self._current: Record | None = None
         self._job: Job | None = None
+        self._last_offer: tuple[str, int] | None = None
 
     @property
     def current(self) -> Record | None:
@@ -101,7 +103,11 @@ class Engine:
     async def run(self) -> None:
         """Finish what the journal holds, then take jobs as they come; never returns."""
         for data in await self._store.read(lambda t: t.jobs(finished=False)):
-            record = Record.from_json(data)
+            try:
+                record = Record.from_json(data)
+            except (TypeError, ValueError, KeyError):
+                log.exception("a journal record can't be read and is not used", record=str(data)[:200])
+                continue
             log.info("going on with a job after a restart", job_id=record.job_id, phase=record.phase)
             await self._step(record, machine.Restarted(time.time()))
         while True:
@@ -154,13 +160,12 @@ class Engine:
         return await self._offer(execution)
 
     async def _offer(self, execution: Execution) -> bool:
-        known = await self._store.read(lambda t: t.job(execution.job_id, execution.execution_number))
+        known = await self._known(execution)
         if known is not None:
-            record = Record.from_json(known)
-            if record.superseded in ("REMOVED", "CANCELED", "TIMED_OUT") and record.status is None:
-                log.warning("the cloud offers a job again that it had ended", job_id=record.job_id)
-                return False
-            await self._step(record, machine.Seen(execution.status, execution.version_number))
+            if self._last_offer == known.key:
+                await asyncio.sleep(RETRY_S[0])  # the cloud has not taken in yet what it was told
+            self._last_offer = known.key
+            await self._step(known, machine.Seen(execution.status, execution.version_number))
             return True
         record = Record(
             job_id=execution.job_id,
@@ -191,6 +196,18 @@ class Engine:
         await self._follow(record, Effect.ANNOUNCE)
         return True
 
+    async def _known(self, execution: Execution) -> Record | None:
+        """The journal's record; none of one that ended before it was begun, so that it is taken anew."""
+        data = await self._store.read(lambda t: t.job(execution.job_id, execution.execution_number))
+        if data is None:
+            return None
+        try:
+            record = Record.from_json(data)
+        except (TypeError, ValueError, KeyError):
+            log.exception("a journal record can't be read and is not used", job_id=execution.job_id)
+            return None
+        return None if record.phase is Phase.CLOSED and record.status is None else record
+
     async def _step(self, record: Record, event: Event) -> None:
         await self._follow(*machine.advance(record, event))
 
@@ -220,7 +237,13 @@ class Engine:
             _put(tables, record)
             tables.prune_jobs(KEPT_EXECUTIONS)
 
-        await self._store.write(change)
+        while True:
+            try:
+                await self._store.write(change)
+                break
+            except StoreError as error:  # nothing may go on without its record, and nothing is lost by waiting
+                log.error("the journal can't be written, the job waits", job_id=record.job_id, reason=error.message)
+                await asyncio.sleep(STORE_RETRY_S)
         self._current = record
 
     async def _perform(self, record: Record, effect: Effect) -> Event:

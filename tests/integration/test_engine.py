@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from agent.errors import FailedError, RefusedError
+from agent.errors import FailedError, RefusedError, StoreError
 from agent.jobs import engine as engine_module
 from agent.jobs.engine import Engine
 from agent.store import Store
@@ -307,3 +307,44 @@ async def test_progress_is_told_and_the_step_timer_renewed(store):
         release.set()
         await closed(store, "a")
     assert [s for _, s, _ in cloud.updates if s in TERMINAL] == ["SUCCEEDED"]
+
+
+async def test_a_job_removed_before_it_began_runs_when_it_is_offered_again(store):
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    describe = cloud.describe_next
+
+    async def vanish():
+        execution = await describe()
+        if execution:
+            cloud.end("a", "REMOVED")
+        return execution
+
+    cloud.describe_next = vanish
+    async with running(store, cloud, work) as engine:
+        record = await closed(store, "a")
+        assert (record["superseded"], record["status"], work.runs) == ("REMOVED", None, [])
+        cloud.describe_next = describe
+        cloud.create("a", DOCUMENT)
+        engine.wake()
+        await until(lambda: cloud.status("a") == "SUCCEEDED")
+    assert len(work.runs) == 1
+
+
+async def test_a_full_disk_makes_the_job_wait_not_the_agent_end(store, monkeypatch):
+    monkeypatch.setattr(engine_module, "STORE_RETRY_S", 0.02)
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    pages = await store._call(lambda: store._sql.execute("PRAGMA page_count").fetchone()[0])
+    await store._call(lambda: store._sql.execute(f"PRAGMA max_page_count = {pages}").fetchone())
+    for size in (300, 1):
+        with contextlib.suppress(StoreError):
+            for n in range(1000):
+                await store.write(lambda t: t.put_job(f"{size}-{n}", 1, {"pad": "x" * size}, finished=True))
+    async with running(store, cloud, work):
+        for _ in range(10):
+            await asyncio.sleep(0.02)
+        assert cloud.status("a") == "QUEUED", "nothing is announced that is not in the journal"
+        await store._call(lambda: store._sql.execute(f"PRAGMA max_page_count = {pages + 100}").fetchone())
+        await closed(store, "a")
+    assert cloud.status("a") == "SUCCEEDED"

@@ -19,7 +19,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.health.probes import Check, Finding, Site, UnknownCheckError, list_checks, local, network, run_checks, runner
+from agent.health.probes import (
+    Check,
+    Finding,
+    Site,
+    UnknownCheckError,
+    list_checks,
+    local,
+    model,
+    network,
+    run_checks,
+    runner,
+)
 from agent.health.probes.certificates import validity
 from agent.health.probes.model import Outcome
 from agent.settings import Settings
@@ -222,10 +233,10 @@ def test_probes_import_the_standard_library_only() -> None:
 
 def test_defaults_are_those_of_the_settings() -> None:
     settings = Settings()
-    assert settings.cloud.port == runner.DEFAULT_PORT
-    assert str(settings.cloud.ca_file) == runner.DEFAULT_CA_FILE
-    assert str(settings.paths.state_dir) == runner.DEFAULT_STATE_DIR
-    assert str(settings.paths.runtime_dir) == runner.DEFAULT_RUNTIME_DIR
+    assert settings.cloud.port == model.DEFAULT_PORT
+    assert str(settings.cloud.ca_file) == model.DEFAULT_CA_FILE
+    assert str(settings.paths.state_dir) == model.DEFAULT_STATE_DIR
+    assert str(settings.paths.runtime_dir) == model.DEFAULT_RUNTIME_DIR
     empty = Path("/dev/null")
     site = Site(empty)
     assert (site.certificate_file, site.private_key_file) == (settings.certificate_file, settings.private_key_file)

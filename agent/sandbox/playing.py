@@ -102,7 +102,7 @@ def _guide(sandbox: Sandbox, jobs: Path) -> str:
         f"aws iot create-job --targets {fleet.group_arn} \\\n"
         f"      --presigned-url-config roleArn={fleet.presign_role_arn}"
     )
-    desired = '{"state":{"desired":{"targets":{"pipeline":{"interval_s":0.5}}}}}'
+    desired = '{"state":{"desired":{"targets":{"pipeline":{"interval_s":0.5,"overlay":"hello"}}}}}'
     return f"""
 {len(sandbox.cameras)} camera(s) in the group {GROUP}: {", ".join(camera.thing for camera in sandbox.cameras)}
 everything is below {sandbox.folder}

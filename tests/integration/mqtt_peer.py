@@ -104,13 +104,16 @@ Service = Callable[[Packet], Iterable[tuple[str, Any]]]
 
 
 class MqttPeer:
-    """`async with MqttPeer(authority.server_context()) as peer`: listens on a free port of localhost.
+    """`async with MqttPeer(authority.server_context()) as peer`: listens on `port` of localhost, by default a free one.
 
     The public attributes are the script and may be changed at any time.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None, port: int = 0) -> None:
         self._tls = tls
+        self.port = port
+        self.alpn: list[str | None] = []
+        """The protocol that each client and we agreed on by ALPN."""
         self.packets: list[Packet] = []
         self.wills: list[tuple[str, bytes]] = []
         """Last wills that were published."""
@@ -138,8 +141,8 @@ class MqttPeer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self._tls)
+        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -206,6 +209,8 @@ class MqttPeer:
         assert task
         self._tasks.add(task)
         self._count += 1
+        secured = writer.get_extra_info("ssl_object")
+        self.alpn.append(secured.selected_alpn_protocol() if secured else None)
         client = _Client(self._count, reader, writer)
         try:
             await self._talk(client)

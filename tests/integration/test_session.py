@@ -80,6 +80,21 @@ def echo(packet: mqtt.Packet) -> Iterator[tuple[str, dict]]:
 
 
 class TestConnect:
+    @pytest.mark.parametrize("port", [0, 443], ids=["8883", "443"])
+    async def test_443_offers_the_alpn_that_aws_wants_and_other_ports_none(self, authority, identity, port):
+        context = authority.server_context()
+        context.set_alpn_protocols(["x-amzn-mqtt-ca"])
+        try:
+            peer = await MqttPeer(context, port).__aenter__()
+        except OSError as error:
+            pytest.skip(f"port {port} of localhost can't be listened on: {error.strerror}")
+        try:
+            cloud = Cloud(endpoint="localhost", port=peer.port, ca_file=authority.ca_file)
+            async with running(make_session(cloud, identity)):
+                assert peer.alpn == ["x-amzn-mqtt-ca" if port == 443 else None]
+        finally:
+            await peer.__aexit__()
+
     async def test_connects_as_the_thing_with_a_lasting_session(self, peer, cloud, identity):
         session = make_session(cloud, identity, will=("t/will", b"gone"))
         async with running(session):

@@ -66,7 +66,11 @@ def _provision(settings: Settings) -> int:
     if identity.exists(settings):
         print(f"already provisioned as {identity.thing_name(settings)}; {settings.certificate_file} exists")
         return 0
-    print(f"provisioned as {asyncio.run(provisioning.provision(settings))}")
+    try:
+        name = asyncio.run(provisioning.provision(settings))
+    except OSError as error:
+        raise provisioning.as_cloud_error(error) from error
+    print(f"provisioned as {name}")
     return 0
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from agent.api.server import Server
 from agent.capture.capture import Capture
@@ -59,6 +59,7 @@ class Daemon:
         self._parts = Parts(settings, config_file, version, started_at=time.time())
         self._certificate_not_after: float | None = None
         self._store: Store
+        self._lock: IO[bytes] | None
 
     async def run(self) -> bool:
         """Run until SIGTERM or SIGINT; whether the process should start itself again. Raises AgentError."""
@@ -67,13 +68,19 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         state_dir = self._settings.paths.state_dir
         try:
-            self._store = self._parts.store = await Store.open(state_dir / "state.db")
+            self._lock = await asyncio.to_thread(files.lock, state_dir / "lock")
         except OSError as error:
             raise AgentError("state_dir_failed", f"{state_dir}: {error.strerror}", "check [paths] state_dir") from error
+        if self._lock is None:
+            raise AgentError(
+                "already_running", f"another camera-agent works on {state_dir}", "stop it, or use another state_dir"
+            )
+        self._store = self._parts.store = await Store.open(state_dir / "state.db")
         try:
             await self._serve()
         finally:
-            self._notifier.stopping()
+            if not self._restart:  # the process goes on as its successor, and systemd must not take it for ending
+                self._notifier.stopping()
             await self._units.close()
             await self._store.close()
         return self._restart
@@ -92,7 +99,8 @@ class Daemon:
             for task in (tasks, stop):
                 task.cancel()
             await asyncio.wait({tasks, stop})
-            await self._keep_snapshot(view, running=False)
+            with contextlib.suppress(AgentError):
+                await self._keep_snapshot(view, running=False)
         if not tasks.cancelled() and (error := tasks.exception()):
             raise _first_cause(error)
         log.info("stopped", restart=self._restart)
@@ -120,7 +128,6 @@ class Daemon:
     async def _cloud(self) -> None:
         """What needs the camera's name: from here on it has one."""
         thing = self._parts.thing_name = await self._obtain_name()
-        await self._store.write(lambda t: t.set_fact("thing_name", thing))
         settings, parts, store = self._settings, self._parts, self._store
         session = parts.session = Session(
             client_id=thing,
@@ -207,7 +214,9 @@ class Daemon:
             for name, target in self._settings.updates.targets.items()
             if target.unit or target.restart
         }
-        return Restart(instance=self._instance, restart_agent=restart_agent, targets=targets)
+        return Restart(
+            instance=self._instance, restart_agent=restart_agent, targets=targets, mutation_lock=self._mutation_lock
+        )
 
     def _build_configuration(self, thing: str, session: Session, update: Update) -> Configuration:
         return Configuration(
@@ -242,8 +251,8 @@ class Daemon:
                     await provisioning.provision(self._settings)
                 name = await asyncio.to_thread(identity.thing_name, self._settings)
                 self._certificate_not_after = await asyncio.to_thread(_expiry, self._settings.certificate_file)
-            except CloudError as error:
-                self._parts.identity_error = error
+            except (CloudError, OSError) as raised:
+                error = self._parts.identity_error = provisioning.as_cloud_error(raised)
                 pause = provisioning.retry_s(error, attempt, random.random())  # noqa: S311  jitter
                 log.error(
                     "no identity yet", code=error.code, reason=error.message, hint=error.hint, retry_s=round(pause)
@@ -267,7 +276,7 @@ class Daemon:
         interval = self._notifier.watchdog_interval_s or 30.0
         while True:
             async with asyncio.timeout(interval):
-                await self._store.read(lambda t: t.fact("thing_name"))
+                await self._store.read(lambda t: t.fact("alive"))
             self._notifier.watchdog()
             self._notifier.status(self._parts.one_line())
             await asyncio.sleep(interval / 2)

@@ -54,7 +54,9 @@ class Cloud(Section):
     """PEM file of the device certificate. Default: `<state_dir>/identity/certificate.pem`."""
     private_key_file: Path | None = None
     """PEM file of the device's private key. Default: `<state_dir>/identity/private-key.pem`."""
-    proxy_url: str = Field("", pattern=r"^(http://[^\s/]+/?)?$")
+    proxy_url: str = Field(
+        "", pattern=r"^(http://([^\s/:@]+(:[^\s/@]*)?@)?[^\s/:@]+(:[0-9]{1,4}|:[1-5][0-9]{4}|:6[0-4][0-9]{3})?/?)?$"
+    )
     """HTTP proxy for MQTT, `http://[user:password@]host:port`. Empty: none."""
     keep_alive_s: int = Field(45, ge=30, le=1200, json_schema_extra=unit("s"))
     """MQTT keep-alive; mobile networks drop idle connections after one to five minutes."""

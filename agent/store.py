@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agent.errors import StoreError
+from agent.host.clock import boot_id
 from agent.logs import get_logger
 
 T = TypeVar("T")
+PASSING = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC")
+"""What goes by when there is room on the disk again; anything else needs the file to be opened anew."""
 log = get_logger("store")
 
 MIGRATIONS = (
@@ -33,7 +36,7 @@ MIGRATIONS = (
     ) STRICT;
     CREATE TABLE outbox (
         id INTEGER PRIMARY KEY AUTOINCREMENT, priority INTEGER NOT NULL, topic TEXT NOT NULL,
-        payload BLOB NOT NULL, created_at REAL NOT NULL
+        payload BLOB NOT NULL, created_at REAL NOT NULL, boot_id TEXT NOT NULL, uptime REAL NOT NULL
     ) STRICT;
     CREATE INDEX outbox_order ON outbox (priority, id);
     CREATE TABLE audit (
@@ -92,7 +95,7 @@ class Tables:
     def jobs(self, *, finished: bool | None = None, limit: int = 100) -> list[dict[str, Any]]:
         """Job records, the latest first; of unfinished or finished executions only when asked."""
         rows = self._sql.execute(
-            "SELECT record FROM jobs WHERE finished = ifnull(?, finished) ORDER BY updated_at DESC, rowid DESC LIMIT ?",
+            "SELECT record FROM jobs WHERE finished = ifnull(?, finished) ORDER BY rowid DESC LIMIT ?",
             (finished, limit),
         )
         return [json.loads(row[0]) for row in rows]
@@ -110,15 +113,15 @@ class Tables:
         """Forget all but the latest `keep` finished executions."""
         self._sql.execute(
             "DELETE FROM jobs WHERE finished = 1 AND rowid NOT IN"
-            " (SELECT rowid FROM jobs WHERE finished = 1 ORDER BY updated_at DESC LIMIT ?)",
+            " (SELECT rowid FROM jobs WHERE finished = 1 ORDER BY rowid DESC LIMIT ?)",  # replacing gives a new rowid
             (keep,),
         )
 
     def enqueue(self, topic: str, payload: bytes, *, priority: int) -> int:
         """Queue a message and return its id; ids only rise."""
         cursor = self._sql.execute(
-            "INSERT INTO outbox (priority, topic, payload, created_at) VALUES (?, ?, ?, ?)",
-            (priority, topic, payload, time.time()),
+            "INSERT INTO outbox (priority, topic, payload, created_at, boot_id, uptime) VALUES (?, ?, ?, ?, ?, ?)",
+            (priority, topic, payload, time.time(), boot_id(), time.monotonic()),
         )
         return int(cursor.lastrowid or 0)
 
@@ -144,9 +147,21 @@ class Tables:
         ).fetchone()
         return QueueSize(*row)
 
-    def trim_queue(self, *, max_bytes: int, oldest_at: float) -> int:
-        """Drop messages created before `oldest_at`, then the least important oldest ones above `max_bytes`; the number dropped."""
-        dropped = self._sql.execute("DELETE FROM outbox WHERE created_at < ?", (oldest_at,)).rowcount
+    def trim_queue(self, *, max_bytes: int, max_age_s: float, clock_believed: bool) -> int:
+        """Drop messages older than `max_age_s`, then the least important oldest ones above `max_bytes`; the number dropped.
+
+        Age is counted by the time since boot for messages of this boot, which a wrong clock does not touch, and for
+        those of earlier boots by the wall clock, only while it is believed.
+        """
+        dropped = self._sql.execute(
+            "DELETE FROM outbox WHERE (boot_id = ? AND uptime < ?) OR (boot_id != ? AND created_at < ?)",
+            (
+                boot_id(),
+                time.monotonic() - max_age_s,
+                boot_id(),
+                time.time() - max_age_s if clock_believed else float("-inf"),
+            ),
+        ).rowcount
         excess = self.queue_size().bytes - max_bytes
         if excess > 0:
             doomed = []
@@ -216,8 +231,9 @@ class Store:
         try:
             return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
         except sqlite3.Error as error:
+            code = "store_full" if error.sqlite_errorname in PASSING else "store_failed"
             raise StoreError(
-                "store_failed", f"{self.path}: {error}", "check free space and the health of the disk it is on"
+                code, f"{self.path}: {error}", "check free space and the health of the disk it is on"
             ) from error
 
     def _open(self) -> None:
@@ -246,8 +262,17 @@ class Store:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
                 connection.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+            _check_tables(connection)
         except BaseException:
             connection.close()
             raise
         self.path.chmod(0o600)
         return connection
+
+
+def _check_tables(connection: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError when a table is missing, as after a write that was lost."""
+    found = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    missing = {"facts", "jobs", "outbox", "audit"} - found
+    if missing:
+        raise sqlite3.DatabaseError(f"no table {', '.join(sorted(missing))}")

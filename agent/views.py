@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Parts:
     config_file: Path
     version: str
     started_at: float
+    started: float = field(default_factory=time.monotonic)
     store: Store | None = None
     thing_name: str | None = None
     identity_error: AgentError | None = None
@@ -53,6 +54,10 @@ class Parts:
     configuration: Configuration | None = None
     outbox: Outbox | None = None
     reports: Reports | None = None
+
+    @property
+    def uptime_s(self) -> float:
+        return time.monotonic() - self.started
 
     @property
     def link(self) -> Link:
@@ -71,7 +76,19 @@ class Parts:
             *(self.capture.conditions() if self.capture else []),
         ]
         link = self.link
-        if link.state != "connected" and time.time() - link.since > OFFLINE_AFTER_S:
+        offline_for = min(time.time() - link.since, self.uptime_s)  # the clock may have jumped
+        if self.store and self.store.quarantined:
+            found.append(
+                {
+                    "condition": "state.lost",
+                    "source": "",
+                    "severity": "warning",
+                    "message": "state.db was damaged and a new one begun; jobs and reports that were in it are lost",
+                    "remedy": f"look at the disk; the old file is {self.store.quarantined}",
+                    "since": self.started_at,
+                }
+            )
+        if link.state != "connected" and offline_for > OFFLINE_AFTER_S:
             found.append(
                 {
                     "condition": "cloud.offline",
@@ -107,7 +124,7 @@ class View:
                 "thing_name": parts.thing_name,
                 "pid": os.getpid(),
                 "started_at": parts.started_at,
-                "uptime_s": time.time() - parts.started_at,
+                "uptime_s": parts.uptime_s,
                 "boot_id": clock.boot_id(),
                 "config_file": str(parts.config_file),
             },
@@ -142,7 +159,7 @@ class View:
 
     async def cancel_job(self, job_id: str, actor: str) -> None:
         engine, store = self._parts.engine, self._parts.store
-        if engine is None or store is None or not engine.cancel(job_id):
+        if engine is None or store is None or not await engine.cancel(job_id):
             raise RefusedError("job_not_running", f"job {job_id} is not running", "see agentctl jobs")
         await store.write(lambda t: t.add_audit(actor, "job.cancel", {"job_id": job_id}))
 

@@ -16,14 +16,28 @@ class JobsService:
 
     def __init__(self) -> None:
         self.executions: dict[tuple[str, int], dict[str, Any]] = {}
+        self.requests = 0
+        """Updates that arrived, refused ones too."""
         self.updates: list[tuple[str, str, dict[str, str]]] = []
         self.lose_request = 0
         """So many of the next requests do not arrive."""
+        self._created = 0
+        self.throttle = 0
+        """So many of the next requests are answered with RequestThrottled."""
+        self.refuse_updates: Rejected | None = None
+        """What every update is refused with."""
         self.lose_answer = 0
         """So many of the next requests are carried out, but their answer does not arrive."""
 
     def create(self, job_id: str, document: Any, *, number: int = 1, status: str = "QUEUED") -> None:
-        self.executions[(job_id, number)] = {"status": status, "version": 1, "document": document, "details": {}}
+        self._created += 1
+        self.executions[(job_id, number)] = {
+            "status": status,
+            "version": 1,
+            "document": document,
+            "details": {},
+            "queued_at": float(self._created),
+        }
 
     def end(self, job_id: str, status: str, number: int = 1) -> None:
         """What an operator or a timer does: cancel, time out, remove."""
@@ -67,6 +81,9 @@ class JobsService:
     ) -> int:
         self._arrive()
         entry = self._find(job_id, execution_number)
+        self.requests += 1
+        if self.refuse_updates:
+            raise self.refuse_updates
         state = {"executionState": {"status": entry["status"], "versionNumber": entry["version"]}}
         if entry["status"] in TERMINAL:
             raise Rejected("InvalidStateTransition", "finished", details=state)
@@ -92,13 +109,16 @@ class JobsService:
             status=entry["status"],
             document=entry["document"],
             details=entry["details"],
-            queued_at=0.0,
+            queued_at=entry["queued_at"],
         )
 
     def _arrive(self) -> None:
         if self.lose_request:
             self.lose_request -= 1
             raise CloudError("offline", "not connected", retryable=True)
+        if self.throttle:
+            self.throttle -= 1
+            raise Rejected("RequestThrottled", "slow down", retryable=True, details={})
 
     def _answer(self) -> None:
         if self.lose_answer:

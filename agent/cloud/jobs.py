@@ -12,7 +12,7 @@ from typing import Any
 from agent.cloud import topics
 from agent.cloud.session import Session
 from agent.errors import CloudError
-from agent.logs import get_logger
+from agent.logs import get_logger, redact
 
 MAX_DETAILS = 10
 MAX_DETAIL_KEY = 128
@@ -146,15 +146,16 @@ def sanitise(details: Mapping[str, Any]) -> dict[str, str]:
     """Status details that AWS IoT accepts: the first ten keys in its alphabet, values of 1–1024 printable characters.
 
     Line breaks and tabs become spaces, other control and unassigned characters vanish, an empty value becomes `-`, of a
-    longer one the end stays.
+    longer one the end stays of what a program printed, the beginning of anything else. Secrets are redacted.
     """
     accepted: dict[str, str] = {}
     for key, value in details.items():
         name = re.sub(r"[^a-zA-Z0-9:_-]", "_", str(key))[:MAX_DETAIL_KEY]
         if not name:
             continue
-        text = "".join(_printable(character) for character in str(value)).strip()
-        accepted[name] = text[-MAX_DETAIL_VALUE:].strip() or "-"
+        text = "".join(_printable(character) for character in redact(str(value))).strip()
+        part = text[-MAX_DETAIL_VALUE:] if name in ("stdout", "stderr") else text[:MAX_DETAIL_VALUE]
+        accepted[name] = part.strip() or "-"
         if len(accepted) == MAX_DETAILS:
             break
     return accepted

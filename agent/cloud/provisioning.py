@@ -91,6 +91,18 @@ def retry_s(error: CloudError, attempt: int, chance: float) -> float:
     return RETRY_S[0] + chance * (ceiling - RETRY_S[0])
 
 
+def as_cloud_error(error: CloudError | OSError) -> CloudError:
+    """What keeps the camera from its identity, also when it is a file that can't be read or written."""
+    if isinstance(error, CloudError):
+        return error
+    return CloudError(
+        "identity_unreadable",
+        f"the identity can't be read or kept: {error.filename or ''}: {error.strerror}",
+        "check owner, mode and free space of the identity's folder",
+        retryable=True,
+    )
+
+
 class _Exchange:
     """Requests without a clientToken: one at a time, the answer is the next message on its accepted or rejected topic."""
 

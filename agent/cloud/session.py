@@ -246,7 +246,7 @@ class Session:
         restart = asyncio.create_task(self._restart.wait())
         ready: asyncio.Task[None] | None = None
         began = time.monotonic()
-        connection.ended.add_done_callback(lambda _: self._unusable())
+        connection.ended.add_done_callback(lambda _: self._unusable() if self._connection is connection else None)
         try:
             self._connect_at = began
             connection.start()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -31,6 +33,21 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
         candidate.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def lock(path: Path) -> IO[bytes] | None:
+    """Take the lock that the file at `path` stands for until the returned file is closed; None when another has it.
+
+    The kernel gives it back when its holder ends, however that happens. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def fsync_folder(path: Path) -> None:

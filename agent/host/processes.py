@@ -16,10 +16,11 @@ TERMINATION_GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class Output:
-    """The last part of what a program printed, and how many bytes before it were left out."""
+    """The last part of what a program printed, how many bytes before it were left out, and how many lines it was in all."""
 
     text: str
     left_out: int
+    lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Result:
         if self.timed_out:
             return f"no end within {self.duration_s:.0f} s"
         if self.signal is not None:
-            return f"killed by {signal.Signals(self.signal).name}"
+            return f"killed by {_signal_name(self.signal)}"
         return f"exit status {self.exit_code}"
 
 
@@ -109,10 +110,12 @@ class _Output(asyncio.SubprocessProtocol):
         self._keep = keep
         self._kept = {1: b"", 2: b""}
         self._total = {1: 0, 2: 0}
+        self._lines = {1: 0, 2: 0}
         self._open = {1, 2}
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         self._total[fd] += len(data)
+        self._lines[fd] += data.count(b"\n")
         self._kept[fd] = (self._kept[fd] + data)[-self._keep :]
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002
@@ -124,19 +127,29 @@ class _Output(asyncio.SubprocessProtocol):
         self.exited.set()
 
     def of(self, fd: int) -> Output:
-        return Output(self._kept[fd].decode("utf-8", "replace"), self._total[fd] - len(self._kept[fd]))
+        kept = self._kept[fd]
+        unfinished = bool(kept) and not kept.endswith(b"\n")
+        return Output(kept.decode("utf-8", "replace"), self._total[fd] - len(kept), self._lines[fd] + unfinished)
 
 
 async def _end_group(pid: int, exited: asyncio.Event) -> None:
     """SIGTERM, then SIGKILL, to the whole group; returns when its leader is reaped."""
-    with contextlib.suppress(ProcessLookupError):
+    # PermissionError: the leader became another user's (a setuid program); what may be ended is ended.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(TERMINATION_GRACE_S):
             await exited.wait()
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
     await exited.wait()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _primary_group(user: str) -> int:

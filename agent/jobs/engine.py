@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from agent.cloud.jobs import Execution, JobsClient
 from agent.errors import AgentError, CloudError, FailedError, RefusedError, StoreError
 from agent.jobs import machine
+from agent.jobs.conversation import RETRY_S, Conversation
 from agent.jobs.document import parse
 from agent.jobs.machine import Effect, Event, Phase, Record
-from agent.logs import get_logger
+from agent.logs import get_logger, redact
 from agent.store import Store, Tables
 
 HEARTBEAT_S = 50.0
 NEWS_INTERVAL_S = 2.0
 POLL_S = 600.0
-STEP_TIMEOUT_MINUTES = 240
-RETRY_S = (2.0, 300.0)
 STORE_RETRY_S = 10.0
 KEPT_EXECUTIONS = 50
 log = get_logger("jobs")
@@ -45,7 +43,7 @@ class Job:
         self.document: Mapping[str, Any] = record.document
         self.progress = record.progress
         self.cancelled = asyncio.Event()
-        if record.cancelled:
+        if record.cancelled or record.stop_requested:
             self.cancelled.set()
 
     async def save(self, progress: dict[str, Any], message: str, *, facts: Mapping[str, Any] | None = None) -> None:
@@ -82,14 +80,15 @@ class Engine:
         self, *, store: Store, jobs: JobsClient, operations: Mapping[str, Operation], allow: list[str]
     ) -> None:
         self._store = store
-        self._jobs = jobs
+        self._cloud = Conversation(jobs)
         self._operations = operations
         self._allow = frozenset(allow)
-        self._wake = asyncio.Event()
         self._news = asyncio.Event()
         self._current: Record | None = None
         self._job: Job | None = None
         self._last_offer: tuple[str, int] | None = None
+        self._changing = asyncio.Lock()
+        """Held while the running job's record is read, changed and journalled."""
 
     @property
     def current(self) -> Record | None:
@@ -97,8 +96,9 @@ class Engine:
         return self._current
 
     def wake(self) -> None:
-        """Ask the cloud for the next job soon: after a connect, and on a notification."""
-        self._wake.set()
+        """Ask the cloud soon: after a connect, and on a notification. It may have ended the running job."""
+        self._cloud.wake.set()
+        self._news.set()
 
     async def run(self) -> None:
         """Finish what the journal holds, then take jobs as they come; never returns."""
@@ -110,54 +110,53 @@ class Engine:
                 continue
             log.info("going on with a job after a restart", job_id=record.job_id, phase=record.phase)
             await self._step(record, machine.Restarted(time.time()))
+        self._cloud.wake.set()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
-                    await self._wake.wait()
-            self._wake.clear()
+                    await self._cloud.wake.wait()
+            self._cloud.wake.clear()
             while await self._take_next():
                 pass
 
-    def cancel(self, job_id: str) -> bool:
-        """Ask the running job to stop where it safely can; False when it isn't the running one."""
-        if self._job is None or self._job.id != job_id:
+    async def cancel(self, job_id: str) -> bool:
+        """Ask the running job to stop where it safely can; False when it isn't the running one. Raises StoreError."""
+        job = self._job
+        if job is None or job.id != job_id:
             return False
-        self._job.cancelled.set()
+        job.cancelled.set()
+        await self._change(lambda record: replace(record, stop_requested=True))
         return True
 
     async def keep_progress(self, progress: dict[str, Any], message: str, facts: Mapping[str, Any]) -> None:
         """Journal an operation's own state together with `facts`."""
-        assert self._current is not None
-        record = replace(self._current, progress=progress, message=message)
-
-        def change(tables: Tables) -> None:
-            _put(tables, record)
-            for key, value in facts.items():
-                tables.set_fact(key, value)
-
-        await self._store.write(change)
-        self._current = record
+        record = await self._change(lambda record: replace(record, progress=progress, message=message), facts)
         self._news.set()
         log.info(message, job_id=record.job_id)
 
+    async def _change(self, change: Callable[[Record], Record], facts: Mapping[str, Any] | None = None) -> Record:
+        """Change the running job's record, durably, together with `facts`. Raises StoreError."""
+        async with self._changing:
+            assert self._current is not None
+            record = change(self._current)
+
+            def write(tables: Tables) -> None:
+                _put(tables, record)
+                for key, value in (facts or {}).items():
+                    tables.set_fact(key, value)
+
+            await self._store.write(write)
+            self._current = record
+            return record
+
     async def fresh_document(self, job_id: str, execution_number: int) -> Mapping[str, Any]:
         """See `Job.fresh_document`."""
-        execution = await self._jobs.describe(job_id, execution_number)
-        return parse(execution.document)[1]
+        return parse(await self._cloud.document(job_id, execution_number))[1]
 
     async def _take_next(self) -> bool:
         """Ask for the pending job and work on it; whether there may be another."""
-        try:
-            execution = await self._jobs.describe_next()
-        except CloudError as error:
-            log.debug("could not ask for the next job", code=error.code)
-            if error.retryable:
-                return False  # the next connect wakes us
-            log.error("asking for jobs is refused", code=error.code, reason=error.message, hint=error.hint)
-            return False
-        if execution is None:
-            return False
-        return await self._offer(execution)
+        execution = await self._cloud.next()
+        return execution is not None and await self._offer(execution)
 
     async def _offer(self, execution: Execution) -> bool:
         known = await self._known(execution)
@@ -175,29 +174,42 @@ class Engine:
             operation="",
             document={},
             received_at=time.time(),
+            queued_at=execution.queued_at,
         )
         log.info("job received", job_id=record.job_id, execution=record.execution_number, status=execution.status)
         if execution.status == "IN_PROGRESS":
             await self._step(record, _interrupted())
             return True
         try:
-            operation, document = parse(execution.document)
-            record = replace(record, operation=operation, document=document)
-            if operation not in self._allow or operation not in self._operations:
-                raise RefusedError(
-                    "not_allowed",
-                    f"operation {operation} is not allowed on this camera",
-                    "allow it in agent.toml: jobs.allow",
-                )
-            await asyncio.to_thread(self._operations[operation].check, document)
+            operation, document = await self._accept(execution.document)
         except RefusedError as error:
             await self._step(record, machine.Done("REJECTED", _reason(error), time.time()))
-            return True
-        await self._follow(record, Effect.ANNOUNCE)
+        except Exception as error:  # nothing that a document holds may end the engine
+            log.exception("a job document could not be judged", job_id=record.job_id)
+            refusal = RefusedError("bad_document", f"it can't be judged: {type(error).__name__}", "mend the document")
+            await self._step(record, machine.Done("REJECTED", _reason(refusal), time.time()))
+        else:
+            await self._follow(replace(record, operation=operation, document=document), Effect.ANNOUNCE)
         return True
 
+    async def _accept(self, document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+        """The operation and the document in our form, when policy and operation take it. Raises RefusedError."""
+        operation, normal = parse(document)
+        if operation not in self._allow or operation not in self._operations:
+            raise RefusedError(
+                "not_allowed",
+                f"operation {operation} is not allowed on this camera",
+                "allow it in agent.toml: jobs.allow",
+            )
+        await asyncio.to_thread(self._operations[operation].check, normal)
+        return operation, normal
+
     async def _known(self, execution: Execution) -> Record | None:
-        """The journal's record; none of one that ended before it was begun, so that it is taken anew."""
+        """The journal's record of what is offered.
+
+        None for one that ended before it was begun, and for another job of the same name: the service forgets a deleted
+        job, and IN_PROGRESS never becomes QUEUED again.
+        """
         data = await self._store.read(lambda t: t.job(execution.job_id, execution.execution_number))
         if data is None:
             return None
@@ -206,29 +218,31 @@ class Engine:
         except (TypeError, ValueError, KeyError):
             log.exception("a journal record can't be read and is not used", job_id=execution.job_id)
             return None
-        return None if record.phase is Phase.CLOSED and record.status is None else record
+        if record.phase is Phase.CLOSED and record.status is None:
+            return None
+        created_anew = None not in (record.queued_at, execution.queued_at) and record.queued_at != execution.queued_at
+        begun_before = execution.status == "QUEUED" and record.starts > 0
+        return None if created_anew or begun_before else record
 
     async def _step(self, record: Record, event: Event) -> None:
         await self._follow(*machine.advance(record, event))
 
     async def _follow(self, record: Record, effect: Effect) -> None:
         """Journal the record, carry out the effect, and so on until nothing is left to do."""
+        delay = 0.0
         try:
             while True:
                 await self._keep(record)
                 if effect is Effect.NOTHING:
                     break
-                event = await self._perform(record, effect)
+                before, event = effect, await self._perform(record, effect)
                 assert self._current is not None
                 record, effect = machine.advance(self._current, event)
+                if effect is before:  # the cloud says something else each time; the first answer is taken at once
+                    delay = await self._cloud.pause(delay) if delay else RETRY_S[0]
             if record.phase is Phase.CLOSED:
-                log.info(
-                    "job ended",
-                    job_id=record.job_id,
-                    status=record.status,
-                    superseded=record.superseded,
-                    **record.details,
-                )
+                details = {"status": record.status, "superseded": record.superseded, **record.details}
+                log.info("job ended", job_id=record.job_id, details=details)
         finally:
             self._current = None
 
@@ -242,6 +256,8 @@ class Engine:
                 await self._store.write(change)
                 break
             except StoreError as error:  # nothing may go on without its record, and nothing is lost by waiting
+                if error.code != "store_full":
+                    raise
                 log.error("the journal can't be written, the job waits", job_id=record.job_id, reason=error.message)
                 await asyncio.sleep(STORE_RETRY_S)
         self._current = record
@@ -250,57 +266,16 @@ class Engine:
         match effect:
             case Effect.ANNOUNCE:
                 details = {"reason_code": "in_progress", "message": "accepted"}
-                return await self._until_answered(record, "IN_PROGRESS", details)
+                return await self._cloud.tell(record, "IN_PROGRESS", details)
             case Effect.REPORT:
                 assert record.status is not None
-                return await self._until_answered(record, record.status, record.details)
+                return await self._cloud.tell(record, record.status, record.details)
             case Effect.DESCRIBE:
-                return await self._describe(record)
+                return await self._cloud.ask(record)
             case Effect.RUN:
                 return await self._run(record)
             case _:
                 raise AssertionError(effect)
-
-    async def _until_answered(self, record: Record, status: str, details: dict[str, str]) -> Event:
-        delay = RETRY_S[0]
-        while True:
-            event = await self._send(record, status, details)
-            if event is not None:
-                return event
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(random.uniform(0.5, 1) * delay):  # noqa: S311  jitter
-                    await self._wake.wait()
-            delay = min(delay * 2, RETRY_S[1])
-
-    async def _send(self, record: Record, status: str, details: dict[str, str]) -> Event | None:
-        """One update; what the cloud answered, None when there was no definite answer."""
-        try:
-            version = await self._jobs.update(
-                record.job_id,
-                execution_number=record.execution_number,
-                status=status,
-                details=details,
-                expected_version=record.version_number,
-                step_timeout_minutes=STEP_TIMEOUT_MINUTES if status == "IN_PROGRESS" else None,
-            )
-        except CloudError as error:
-            return _answer(error)
-        return machine.Took(version)
-
-    async def _describe(self, record: Record) -> Event:
-        delay = RETRY_S[0]
-        while True:
-            try:
-                execution = await self._jobs.describe(record.job_id, record.execution_number)
-            except CloudError as error:
-                event = _answer(error)
-                if event is not None and not isinstance(event, machine.Unclear):
-                    return event
-            else:
-                return machine.Seen(execution.status, execution.version_number)
-            await asyncio.sleep(random.uniform(0.5, 1) * delay)  # noqa: S311  jitter
-            delay = min(delay * 2, RETRY_S[1])
 
     async def _run(self, record: Record) -> machine.Done:
         operation = self._operations.get(record.operation)
@@ -321,7 +296,7 @@ class Engine:
             log.exception("operation broke", job_id=record.job_id, operation=record.operation)
             return _done("FAILED", FailedError("internal_error", f"{type(error).__name__}: {error}"))
         else:
-            return machine.Done("SUCCEEDED", {"reason_code": "ok", **details}, time.time())
+            return machine.Done("SUCCEEDED", {"reason_code": "ok", **_redacted(details)}, time.time())
         finally:
             self._job = None
             reporter.cancel()
@@ -344,42 +319,26 @@ class Engine:
                 "message": record.message or "running",
                 "elapsed_s": str(round(time.monotonic() - started)),
             }
-            event = await self._send(record, "IN_PROGRESS", details)
-            if event is not None:
-                await self._absorb(event)
+            answer = await self._cloud.try_once(record, "IN_PROGRESS", details)
+            if isinstance(answer, machine.Unclear):
+                answer = await self._cloud.ask(record)
+            if not isinstance(answer, CloudError):
+                await self._absorb(answer)
             await asyncio.sleep(NEWS_INTERVAL_S)
 
     async def _absorb(self, event: Event) -> None:
         """Take an answer into the running record; stop the operation when the cloud has ended the job."""
         assert self._current is not None
-        record, effect = machine.advance(self._current, event)
-        if effect is Effect.STOP:
-            log.warning("the cloud has ended this job, stopping it", job_id=record.job_id, status=record.cancelled)
-            await self._keep(record)
-            if self._job:
-                self._job.cancelled.set()
-        else:
-            self._current = record
+        if machine.advance(self._current, event)[1] is Effect.STOP and self._job:
+            log.warning("the cloud has ended this job, stopping it", job_id=self._job.id)
+            self._job.cancelled.set()
+        with contextlib.suppress(StoreError):  # the cloud will say it again
+            await self._change(lambda record: machine.advance(record, event)[0])
 
 
 def _put(tables: Tables, record: Record) -> None:
     finished = record.phase is Phase.CLOSED
     tables.put_job(record.job_id, record.execution_number, record.to_json(), finished=finished)
-
-
-def _answer(error: CloudError) -> Event | None:
-    """What a refused request says about the execution; None when it says nothing definite."""
-    state = getattr(error, "details", {}).get("executionState") or {}
-    if isinstance(state, Mapping) and isinstance(state.get("status"), str):
-        version = state.get("versionNumber")
-        return machine.Seen(state["status"], version if isinstance(version, int) else 0)
-    if error.code in ("ResourceNotFound", "TerminalStateReached"):
-        return machine.Gone()
-    if error.code in ("InvalidStateTransition", "VersionMismatch"):
-        return machine.Unclear()
-    if not error.retryable:
-        log.error("the cloud refuses a job update", code=error.code, reason=error.message)
-    return None
 
 
 def _reason(error: AgentError) -> dict[str, str]:
@@ -389,7 +348,11 @@ def _reason(error: AgentError) -> dict[str, str]:
 
 def _done(status: str, error: AgentError) -> machine.Done:
     details = _reason(error) | getattr(error, "details", {})
-    return machine.Done(status, details, time.time())
+    return machine.Done(status, _redacted(details), time.time())
+
+
+def _redacted(details: Mapping[str, str]) -> dict[str, str]:
+    return {key: redact(value) for key, value in details.items()}
 
 
 def _interrupted() -> machine.Done:

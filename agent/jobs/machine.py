@@ -56,14 +56,19 @@ class Record:
     operation: str
     document: dict[str, Any]
     received_at: float
+    queued_at: float | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     message: str = ""
     starts: int = 0
     status: str | None = None
     details: dict[str, str] = field(default_factory=dict)
     ended_at: float | None = None
+    stop_requested: bool = False
+    """Somebody at the camera asked for its end."""
     cancelled: str | None = None
+    """How the cloud ended it while it ran."""
     superseded: str | None = None
+    """How the cloud ended it, where that is not what happened here."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -74,8 +79,12 @@ class Record:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Record:
-        """The record in journal data. Raises TypeError, ValueError or KeyError when it is not one."""
-        return cls(**{**data, "phase": Phase(data["phase"])})
+        """The record in journal data; what a later version added is left out.
+
+        Raises TypeError, ValueError or KeyError when it is not one.
+        """
+        known = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
+        return cls(**{**known, "phase": Phase(data["phase"])})
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,11 @@ def main() -> int:
         results.append(Result("clean up", seen, "; ".join(left)))
         print(table(results), flush=True)
     well = complete and not any(result.trouble for result in results)
-    print(f"\n{'All of it as it should be' if well else 'NOT as it should be'}, {time.monotonic() - began:.0f} s.")
+    took = f"{time.monotonic() - began:.0f} s"
+    if caught and not complete:
+        print(f"\nended by {signal.Signals(caught).name} after {took} and {len(results)} of {len(STEPS)} steps")
+    else:
+        print(f"\n{'All of it as it should be' if well else 'NOT as it should be'}, {took}")
     if arguments.dir is None and (well or caught):
         shutil.rmtree(folder, ignore_errors=True)
     elif not well:

@@ -7,11 +7,11 @@ before reports. Beyond its bounds the queue drops the least important oldest mes
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from agent.errors import CloudError
+from agent.host.clock import clock_synchronised
 from agent.logs import get_logger
 from agent.settings import Telemetry
 from agent.store import Message, Store, Tables
@@ -56,7 +56,9 @@ class Outbox:
             tables.set_fact(f"telemetry.seq.{kind}", seq)
             tables.enqueue(topic, render(seq), priority=priority)
             dropped = tables.trim_queue(
-                max_bytes=self._settings.outbox_max_bytes, oldest_at=time.time() - self._settings.outbox_max_age_s
+                max_bytes=self._settings.outbox_max_bytes,
+                max_age_s=self._settings.outbox_max_age_s,
+                clock_believed=clock_synchronised() is True,
             )
             if dropped:
                 tables.set_fact("outbox.dropped", tables.fact("outbox.dropped", 0) + dropped)
@@ -84,12 +86,13 @@ class Outbox:
 
     async def connected(self) -> None:
         """Called after each connect: what is queued now is backlog, what comes is live."""
-        self._boundary = (
-            NOTHING_IS_LIVE  # until it is known; else all that waited would be sent as live, and as backlog too
-        )
-        self._boundary = await self._store.read(lambda t: t.newest_queued())
-        self._fresh.set()
-        self._connected_anew.set()
+        # Until it is known what waited nothing counts as live, else it would be sent as live and as backlog.
+        self._boundary = NOTHING_IS_LIVE
+        try:
+            self._boundary = await self._store.read(lambda t: t.newest_queued())
+        finally:
+            self._fresh.set()
+            self._connected_anew.set()
 
     async def run(self) -> None:
         """Send until cancelled."""

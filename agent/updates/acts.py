@@ -100,8 +100,12 @@ class Acts:
             log.warning("the clock can't be believed, expiry is not checked", job_id=self._job.id)
         verified = await to_end(trust.verify, self._envelope, root, kept.now)
         check_fit(verified.manifest, self._name, self._target, around.compatible, self._products(installed))
-        if trust.check_version(verified, installed, kept.floor) == "already_installed":
-            raise AlreadyInstalled
+        floor = kept.floor
+        if installed and installed.name == manifest.name:
+            floor = max(floor, installed.security_counter)  # also when state.db, and the floor in it, was lost
+        same = trust.check_version(verified, installed, floor) == "already_installed"
+        if same and kept.installed and kept.installed.sha256 == manifest.sha256:
+            raise AlreadyInstalled  # committed, not only in place: a trial may have been cut short
         records.check_quarantine(kept.failures, self._job.id, manifest.sha256)
         self.facts = records.seen_root(root, kept.now)
         return Outcome.DONE

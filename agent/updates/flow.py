@@ -83,7 +83,8 @@ class Flow:
             words = f"{self.manifest.name} {self.manifest.version} is installed already"
             return {"reason_code": "already_installed", "message": words, "version": self.manifest.version}
         except RefusedError:
-            await self._acts.forget_staged()
+            if self._has_staged():
+                await self._acts.forget_staged()
             raise
         except StoreError:
             await self._take_back_unrecorded()
@@ -194,9 +195,17 @@ class Flow:
         except OSError as error:
             self._failed(state, "io_error", f"{type(error).__name__}: {error.filename or ''} {error.strerror}")
             outcome = Outcome.FAILED
-        if outcome is Outcome.FAILED and state in UNTOUCHED:
+        except Exception as error:  # an error of ours must not leave an unproven version running
+            log.exception("an act of an update broke", job_id=self._job.id, state=state)
+            self._failed(state, "internal_error", f"{type(error).__name__}: {error}")
+            outcome = Outcome.FAILED
+        if outcome is Outcome.FAILED and state in UNTOUCHED and self._has_staged():
             await self._acts.forget_staged()
         return outcome
+
+    def _has_staged(self) -> bool:
+        """Whether this execution may have staged a slot: what others have staged is not its to remove."""
+        return State.INSTALLING in self._progress.get("attempts", {})
 
     async def _nothing(self) -> Outcome:
         return Outcome.DONE

@@ -129,12 +129,16 @@ async def test_without_a_cloud_it_runs_and_says_why_it_is_offline_and_notifies_s
             assert any(message.startswith("STATUS=") for message in messages)
             code, out, _ = await command("agent.ctl", "status", "--json", AGENTCTL_SOCKET=tmp_path / "run/api.sock")
             assert code == 0
+            assert json.loads(out)["agent"]["uptime_s"] < 1000
             cloud = json.loads(out)["cloud"]
             assert (cloud["state"], cloud["code"]) == ("offline", "not_configured")
             assert cloud["hint"]
             second, _, err = await command("agent", "run", "--config", str(config))
             assert second == 1
-            assert "already" in err
+            assert "another camera-agent works on" in err
+            await asyncio.to_thread((tmp_path / "run/api.sock").unlink)
+            second, _, err = await command("agent", "run", "--config", str(config))
+            assert (second, "another camera-agent works on" in err) == (1, True)
         finally:
             agent.send_signal(signal.SIGTERM)
             _, err = await agent.communicate()

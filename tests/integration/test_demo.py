@@ -86,10 +86,11 @@ def test_it_ends_by_itself_with_a_table_of_what_it_proved(demo: Demo) -> None:
     assert status == 0, demo.printed[-6000:]
     rows = re.findall(r"^(\w[\w ]*?) +(ok|FAILED) +\S", table, re.MULTILINE)
     assert rows == [(step.name, "ok") for step in STEPS] + [("clean up", "ok")]
-    assert "/targets/pipeline/quality" in table
-    assert "capture_worse" in table
-    assert "none missing, none twice" in table or "none missing, 1 twice" in table, "a lost PUBACK may repeat one"
-    assert "All of it as it should be" in table
+    words = " ".join(table.split())
+    assert "/targets/pipeline/quality" in words
+    assert "capture_worse" in words
+    assert re.search(r"none missing, (none|1) twice", words), "a lost acknowledgement may repeat one"
+    assert "All of it as it should be" in words
     assert demo.left() == {}
 
 

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import threading
 
 import pytest
 
+from agent.cloud.session import Rejected
 from agent.errors import FailedError, RefusedError, StoreError
+from agent.jobs import conversation
 from agent.jobs import engine as engine_module
 from agent.jobs.engine import Engine
 from agent.store import Store
@@ -18,6 +21,7 @@ DOCUMENT = {"version": "1.0", "operation": "restart"}
 def quick(monkeypatch):
     for name, value in {"RETRY_S": (0.01, 0.05), "HEARTBEAT_S": 0.02, "NEWS_INTERVAL_S": 0.0, "POLL_S": 0.05}.items():
         monkeypatch.setattr(engine_module, name, value)
+    monkeypatch.setattr(conversation, "RETRY_S", (0.01, 0.05))
 
 
 @pytest.fixture
@@ -286,8 +290,8 @@ async def test_a_local_cancel_is_reported(store):
     cloud.create("a", DOCUMENT)
     async with running(store, cloud, work) as engine:
         await until(lambda: work.runs)
-        assert not engine.cancel("other")
-        assert engine.cancel("a")
+        assert not await engine.cancel("other")
+        assert await engine.cancel("a")
         await closed(store, "a")
     assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "cancelled")
 
@@ -348,3 +352,155 @@ async def test_a_full_disk_makes_the_job_wait_not_the_agent_end(store, monkeypat
         await store._call(lambda: store._sql.execute(f"PRAGMA max_page_count = {pages + 100}").fetchone())
         await closed(store, "a")
     assert cloud.status("a") == "SUCCEEDED"
+
+
+async def test_a_document_that_breaks_its_check_is_rejected_and_the_engine_lives(store):
+    cloud, work = JobsService(), Work(refuse=ZeroDivisionError("a bug of ours"))
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work) as engine:
+        await closed(store, "a")
+        work.refuse = None
+        cloud.create("b", DOCUMENT)
+        engine.wake()
+        await closed(store, "b")
+    assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("REJECTED", "bad_document")
+    assert cloud.status("b") == "SUCCEEDED"
+
+
+async def test_a_cancel_noticed_during_a_save_does_not_take_the_journal_back(store):
+    async def act(job):
+        release = threading.Event()
+        blocked = asyncio.create_task(store.read(lambda _: release.wait(20)))
+        saving = asyncio.create_task(job.save({"state": "COMMITTING"}, "committing"))
+        await asyncio.sleep(0)
+        cloud.end("a", "CANCELED")
+        await job.cancelled.wait()
+        release.set()
+        await asyncio.gather(blocked, saving)
+        await until(lambda: engine.current.cancelled)
+        record = await journal(store, "a")
+        seen.append((record["progress"], record["cancelled"]))
+        return {"message": "done"}
+
+    cloud, seen = JobsService(), []
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, Work(act)) as engine:
+        await closed(store, "a")
+    assert seen == [({"state": "COMMITTING"}, "CANCELED")]
+
+
+async def test_a_job_created_again_under_the_same_name_runs_again(store):
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work) as engine:
+        await closed(store, "a")
+        cloud.end("a", "REMOVED")
+        cloud.create("a", DOCUMENT)
+        engine.wake()
+        await until(lambda: len(work.runs) == 2)
+        await closed(store, "a")
+    assert cloud.status("a") == "SUCCEEDED"
+
+
+async def test_a_throttled_question_is_asked_again_soon(store, monkeypatch):
+    monkeypatch.setattr(engine_module, "POLL_S", 1000)
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    cloud.throttle = 4
+    async with running(store, cloud, work):
+        await closed(store, "a")
+    assert len(work.runs) == 1
+
+
+async def test_the_next_job_is_asked_for_after_a_resumed_one(store, monkeypatch):
+    monkeypatch.setattr(engine_module, "POLL_S", 1000)
+    begun = asyncio.Event()
+
+    async def act(job):
+        if job.id == "a" and not job.progress:
+            await job.save({"n": 1}, "begun")
+            begun.set()
+            await asyncio.Event().wait()
+        return {"message": "done"}
+
+    cloud, work = JobsService(), Work(act)
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, work):
+        await begun.wait()
+    cloud.create("b", DOCUMENT)
+    cloud.lose_request = 2
+    async with running(store, cloud, work):
+        await closed(store, "b")
+    assert (cloud.status("a"), cloud.status("b")) == ("SUCCEEDED", "SUCCEEDED")
+
+
+async def test_a_cloud_that_refuses_without_end_is_not_asked_without_pause(store, monkeypatch):
+    monkeypatch.setattr(conversation, "RETRY_S", (0.1, 0.2))
+    monkeypatch.setattr(engine_module, "RETRY_S", (0.1, 0.2))
+    cloud, work = JobsService(), Work()
+    cloud.create("a", DOCUMENT)
+    state = {"executionState": {"status": "QUEUED", "versionNumber": 1}}
+    cloud.refuse_updates = Rejected("InvalidStateTransition", "no", details=state)
+    async with running(store, cloud, work):
+        await until(lambda: cloud.requests)
+        await asyncio.sleep(1)
+        assert 2 <= cloud.requests <= 20
+        cloud.refuse_updates = None
+        await closed(store, "a")
+    assert cloud.status("a") == "SUCCEEDED"
+
+
+async def test_an_end_that_the_cloud_finds_malformed_does_not_block_the_next_job(store):
+    cloud = JobsService()
+
+    async def act(job):
+        if job.id == "a":
+            cloud.refuse_updates = Rejected("InvalidRequest", "bad details", details={"code": "InvalidRequest"})
+        return {"message": "done"}
+
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, Work(act)) as engine:
+        await closed(store, "a")
+        cloud.end("a", "TIMED_OUT")
+        cloud.refuse_updates = None
+        cloud.create("b", DOCUMENT)
+        engine.wake()
+        await closed(store, "b")
+    assert cloud.status("b") == "SUCCEEDED"
+
+
+async def test_a_local_cancel_holds_over_a_restart(store):
+    async def act(job):
+        await job.save({"n": 1}, "begun")
+        await asyncio.Event().wait()
+
+    async def stop(job):
+        if job.cancelled.is_set():
+            raise FailedError("cancelled", "stopped")
+        return {"message": "went on"}
+
+    cloud = JobsService()
+    cloud.create("a", DOCUMENT)
+    async with running(store, cloud, Work(act)) as engine:
+        await until(lambda: cloud.updates)
+        await until(lambda: engine.current and engine.current.progress)
+        assert await engine.cancel("a")
+    async with running(store, cloud, Work(stop)):
+        await closed(store, "a")
+    assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "cancelled")
+
+
+async def test_a_record_of_a_later_version_can_be_used_and_a_damaged_one_does_no_harm(store):
+    cloud, work = JobsService(), Work()
+    for job_id in ("later", "damaged"):
+        cloud.create(job_id, DOCUMENT, status="IN_PROGRESS")
+    record = engine_module.Record(
+        "later", 1, 1, engine_module.Phase.RUNNING, "restart", {}, 0.0, starts=1, queued_at=1.0
+    )
+    await store.write(lambda t: t.put_job("later", 1, {**record.to_json(), "new_in_2.0": 7}, finished=False))
+    await store.write(lambda t: t.put_job("damaged", 1, {"phase": "future"}, finished=False))
+    async with running(store, cloud, work):
+        await closed(store, "later")
+        await closed(store, "damaged")
+    assert cloud.status("later") == "SUCCEEDED"
+    assert (cloud.status("damaged"), cloud.details("damaged")["reason_code"]) == ("FAILED", "interrupted")

@@ -233,3 +233,43 @@ async def test_conditions_are_refused(handlers):
 def test_splitting_commands():
     assert split_command(r"a, b\,c ,d") == ["a", "b,c", "d"]
     assert split_command("one") == ["one"]
+
+
+async def test_a_step_is_not_begun_once_the_job_is_cancelled(handlers, tmp_path):
+    handlers("mark.sh", f"echo x >> {tmp_path}/ran\n")
+    operation = Run(Jobs(handler_dir=handlers.folder))
+    for _ in range(10):
+        job = Job(document(step("mark.sh")))
+        job.cancelled.set()
+        with pytest.raises(FailedError) as caught:
+            await operation.run(job)
+        assert caught.value.code == "cancelled"
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_lines_on_standard_error_are_counted_beyond_what_is_kept(handlers):
+    handlers("lines.sh", "yes line | head -n 2000 >&2\n")
+    with pytest.raises(FailedError, match="2000 lines on standard error, 1999 allowed"):
+        await run(handlers, document(step("lines.sh", allowStdErr=1999)))
+    await run(handlers, document(step("lines.sh", allowStdErr=2000)))
+
+
+async def test_what_a_step_prints_is_redacted(handlers):
+    handlers("print.sh", 'echo "get https://b.s3.amazonaws.com/k?X-Amz-Signature=SECRET done"\n')
+    details = await run(handlers, document(step("print.sh"), includeStdOut=True))
+    assert details["stdout"] == "get https://b.s3.amazonaws.com/k?[redacted] done"
+
+
+@pytest.mark.parametrize("user", ["a\0b", "\ud800"])
+async def test_a_user_that_can_not_be_a_name_is_refused(handlers, user):
+    handlers("h.sh", "true\n")
+    action = {
+        "name": "a",
+        "type": "runHandler",
+        "input": {"handler": "h.sh", "args": [], "path": ""},
+        "run_as_user": user,
+    }
+    with pytest.raises(RefusedError):
+        Run(Jobs(handler_dir=handlers.folder)).check(
+            {"conditions": [], "steps": [{"action": action}], "final_step": None}
+        )

@@ -420,6 +420,17 @@ def running(pid: int) -> bool:
         return False
 
 
+def test_orphans_stay_below_and_are_ended() -> None:
+    program = (
+        "import subprocess; from agent.sandbox import orphans; orphans.adopt(); print(orphans.end_all()); "
+        "subprocess.run(['sh', '-c', 'sleep 600 & exit']); print(list(orphans.descendants().values())); "
+        "print(orphans.end_all()); print(orphans.descendants())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "['sleep 600']", "['sleep 600']", "{}"]
+
+
 def test_artifact_is_reproducible_and_says_what_it_is(tmp_path: Path) -> None:
     one = pipeline.build_artifact(tmp_path / "a", "1.1.0", "blurry:4")
     two = pipeline.build_artifact(tmp_path / "b", "1.1.0", "blurry:4")

@@ -78,11 +78,11 @@ async def test_queue_order_and_bounds(store):
     messages = await store.read(lambda t: t.queued(limit=100))
     assert [m.priority for m in messages] == [0] * 5 + [1] * 5
     assert [m.id for m in messages[:5]] == sorted(m.id for m in messages[:5])
-    assert await store.write(lambda t: t.trim_queue(max_bytes=750, oldest_at=0)) == 3
+    assert await store.write(lambda t: t.trim_queue(max_bytes=750, max_age_s=1e9, clock_believed=True)) == 3
     left = await store.read(lambda t: t.queued(limit=100))
     assert [m.id for m in left if m.priority == 1] == [8, 10], "the oldest of the least important went first"
     assert len(left) == 7
-    assert await store.write(lambda t: t.trim_queue(max_bytes=10**6, oldest_at=time.time() + 1)) == 7
+    assert await store.write(lambda t: t.trim_queue(max_bytes=10**6, max_age_s=-1, clock_believed=False)) == 7
     assert (await store.read(lambda t: t.queue_size())).messages == 0
     assert await store.write(lambda t: t.enqueue("t", b"", priority=0)) == 11, "ids are not used again"
 
@@ -152,3 +152,35 @@ async def test_what_was_written_survives_kill_9(tmp_path):
         assert store.quarantined is None
         assert n >= promised
         assert records == n, "fact and record are of one transaction"
+
+
+async def test_a_file_without_its_tables_is_kept_aside(tmp_path):
+    path = tmp_path / "state.db"
+    store = await Store.open(path)
+    await store.close()
+    with sqlite3.connect(path) as damaged:
+        damaged.execute("DROP TABLE jobs")
+    damaged.close()
+    store = await Store.open(path)
+    assert store.quarantined is not None
+    await store.write(lambda t: t.put_job("a", 1, {}, finished=False))
+    await store.close()
+
+
+async def test_age_is_counted_by_the_time_since_boot_and_not_by_a_clock_that_jumped(store):
+    async def rows(**columns):
+        def change(tables):
+            message = tables.enqueue("t", b"x", priority=1)
+            for column, value in columns.items():
+                tables._sql.execute(f"UPDATE outbox SET {column} = ? WHERE id = ?", (value, message))
+
+        await store.write(change)
+
+    await rows(created_at=0.0)  # made in 1970 by the clock, just now in truth
+    await rows(uptime=time.monotonic() - 1000)  # old, though the clock says now
+    await rows(boot_id="another", created_at=time.time() - 1000)
+    trim = {"max_bytes": 10**6, "max_age_s": 500}
+    assert await store.write(lambda t: t.trim_queue(**trim, clock_believed=False)) == 1
+    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [1, 3]
+    assert await store.write(lambda t: t.trim_queue(**trim, clock_believed=True)) == 1
+    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.host import processes
-from agent.host.processes import Output, run
+from agent.host.processes import Output, Result, run
 
 
 def shell(script: str) -> list[str]:
@@ -48,7 +48,7 @@ async def test_success() -> None:
     result = await run(shell("echo out; echo err >&2"), timeout_s=30)
     assert result.succeeded
     assert (result.exit_code, result.signal, result.timed_out) == (0, None, False)
-    assert (result.stdout, result.stderr) == (Output("out\n", 0), Output("err\n", 0))
+    assert (result.stdout, result.stderr) == (Output("out\n", 0, 1), Output("err\n", 0, 1))
 
 
 async def test_an_exit_code_is_not_a_signal() -> None:
@@ -149,3 +149,9 @@ async def test_duration() -> None:
     started = time.monotonic()
     result = await run(shell("sleep 0.2"), timeout_s=30)
     assert 0.2 <= result.duration_s <= time.monotonic() - started
+
+
+def test_any_signal_has_a_name() -> None:
+    nothing = Output("", 0)
+    assert Result(None, 40, False, 1.0, nothing, nothing).describe() == "killed by signal 40"
+    assert Result(None, 9, False, 1.0, nothing, nothing).describe() == "killed by SIGKILL"

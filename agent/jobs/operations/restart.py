@@ -20,16 +20,26 @@ class Job(Protocol):
 
 
 class Restart:
-    """`instance` names this run of the agent: a different one after the restart is the proof that it happened."""
+    """`instance` names this run of the agent: a different one after the restart is the proof that it happened.
+
+    A target is not restarted while an update or a configuration is on trial (`mutation_lock`): the gap in its images
+    would be laid at their door.
+    """
 
     name = "restart"
 
     def __init__(
-        self, *, instance: str, restart_agent: Callable[[], None], targets: Mapping[str, Callable[[], Awaitable[None]]]
+        self,
+        *,
+        instance: str,
+        restart_agent: Callable[[], None],
+        targets: Mapping[str, Callable[[], Awaitable[None]]],
+        mutation_lock: asyncio.Lock,
     ) -> None:
         self._instance = instance
         self._restart_agent = restart_agent
         self._targets = targets
+        self._mutation_lock = mutation_lock
 
     def check(self, document: Mapping[str, Any]) -> None:
         target = document["target"]
@@ -40,10 +50,11 @@ class Restart:
     async def run(self, job: Job) -> dict[str, str]:
         target = job.document["target"]
         if target != "agent":
-            await self._targets[target]()
+            async with self._mutation_lock:
+                await self._targets[target]()
             return {"message": f"{target} was restarted"}
         before = job.progress.get("instance")
-        if before is None:
+        if before is None or before == self._instance:
             await job.save({"instance": self._instance}, "restarting the agent")
             self._restart_agent()
             await asyncio.Event().wait()  # ends with this process

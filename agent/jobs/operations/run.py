@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from agent.errors import FailedError, RefusedError
 from agent.host import processes
+from agent.logs import redact
 from agent.settings import Jobs
 
 
@@ -89,13 +90,17 @@ class Run:
     async def _step(self, action: Mapping[str, Any], job: Job, deadline: float, *, with_output: bool) -> dict[str, str]:
         limit = action["timeout_s"] or self._policy.step_timeout_s
         left = deadline - time.monotonic()
+        if job.cancelled.is_set():
+            raise StepFailedError("cancelled", "the job was cancelled", {"step": action["name"]})
+        if left <= 0:
+            raise StepFailedError("deadline", "the job's time limit is over", {"step": action["name"]})
         if action["type"] == "runHandler":
             handler = await asyncio.to_thread(self._handler, action)
             argv = [str(handler), action["run_as_user"], *action["input"]["args"]]
         else:
             argv = split_command(action["input"]["command"])
         program = asyncio.create_task(
-            processes.run(argv, timeout_s=max(min(limit, left), 0), user=action["run_as_user"] or None, keep_bytes=4096)
+            processes.run(argv, timeout_s=min(limit, left), user=action["run_as_user"] or None, keep_bytes=4096)
         )
         cancelled = asyncio.create_task(job.cancelled.wait())
         try:
@@ -118,7 +123,7 @@ class Run:
 
         try:
             wanted = pwd.getpwnam(user)
-        except KeyError:
+        except (KeyError, ValueError):
             raise RefusedError("unknown_user", f"runAsUser: there is no user {user!r} on this camera") from None
         if wanted.pw_uid != os.geteuid() and user not in self._policy.run_as:
             raise RefusedError(
@@ -172,7 +177,7 @@ def _judge(
     for name, output in (("stdout", result.stdout), ("stderr", result.stderr)):
         if output.text.strip() and (name == "stderr" or with_output or not result.succeeded):
             details[name] = _last_part(output)
-    lines = len(result.stderr.text.splitlines())
+    lines = result.stderr.lines
     allowed = action["allow_std_err"]
     if job_expired:
         raise StepFailedError("deadline", f"step {action['name']!r}: the job's time limit is over", details)
@@ -187,6 +192,6 @@ def _judge(
 
 def _last_part(output: processes.Output) -> str:
     """At most 1024 characters, the end of the output; says how many bytes before it were left out."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", output.text).strip()
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", redact(output.text)).strip()
     left_out = output.left_out + max(len(text) - 980, 0)
     return f"[{left_out} bytes left out] {text[-980:]}" if left_out else text

@@ -1,0 +1,113 @@
+"""Telling the cloud how a job stands, and asking it: every answer becomes an event of the machine, no answer is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Mapping
+
+from agent.cloud.jobs import Execution, JobsClient
+from agent.errors import CloudError
+from agent.jobs import machine
+from agent.jobs.machine import Event, Record
+from agent.logs import get_logger
+
+RETRY_S = (2.0, 300.0)
+STEP_TIMEOUT_MINUTES = 240
+MALFORMED = ("InvalidRequest", "InvalidJson", "InvalidTopic")
+log = get_logger("jobs")
+
+
+class Conversation:
+    """About executions, with one thing's Jobs service. `wake` ends the present pause between two tries."""
+
+    def __init__(self, jobs: JobsClient) -> None:
+        self._jobs = jobs
+        self.wake = asyncio.Event()
+
+    async def next(self) -> Execution | None:
+        """The pending execution; None when there is none, or when off-line: the next connect wakes us."""
+        delay = RETRY_S[0]
+        while True:
+            try:
+                return await self._jobs.describe_next()
+            except CloudError as error:
+                if error.code in ("offline", "connection_lost"):
+                    return None
+                level = log.debug if error.retryable else log.error
+                level("could not ask for the next job", code=error.code, reason=error.message, hint=error.hint)
+            delay = await self.pause(delay)
+
+    async def document(self, job_id: str, execution_number: int) -> Mapping[str, object] | None:
+        """The job's document made anew. Raises CloudError."""
+        return (await self._jobs.describe(job_id, execution_number)).document
+
+    async def tell(self, record: Record, status: str, details: dict[str, str]) -> Event:
+        """Send a status until the cloud has answered definitely."""
+        delay, malformed = RETRY_S[0], 0
+        while True:
+            answer = await self.try_once(record, status, details)
+            if not isinstance(answer, CloudError):
+                return answer
+            if answer.code in MALFORMED:
+                malformed += 1
+                if malformed == 2:
+                    details = {"reason_code": details["reason_code"]}
+                if malformed > 2:
+                    log.error("the cloud does not take this job's end, giving up", job_id=record.job_id)
+                    return machine.Gone()
+            delay = await self.pause(delay)
+
+    async def pause(self, delay: float) -> float:
+        """Wait with jitter, or until something wakes us; the next delay."""
+        self.wake.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(random.uniform(0.5, 1) * delay):  # noqa: S311  jitter
+                await self.wake.wait()
+        return min(delay * 2, RETRY_S[1])
+
+    async def try_once(self, record: Record, status: str, details: dict[str, str]) -> Event | CloudError:
+        """One update; what the cloud answered, or why there was no definite answer."""
+        try:
+            version = await self._jobs.update(
+                record.job_id,
+                execution_number=record.execution_number,
+                status=status,
+                details=details,
+                expected_version=record.version_number,
+                step_timeout_minutes=STEP_TIMEOUT_MINUTES if status == "IN_PROGRESS" else None,
+            )
+        except CloudError as error:
+            return _answer(error) or error
+        return machine.Took(version)
+
+    async def ask(self, record: Record) -> Event:
+        """What the cloud has of the execution; asks until there is an answer."""
+        delay = RETRY_S[0]
+        while True:
+            try:
+                execution = await self._jobs.describe(record.job_id, record.execution_number)
+            except CloudError as error:
+                event = _answer(error)
+                if event is not None and not isinstance(event, machine.Unclear):
+                    return event
+            else:
+                return machine.Seen(execution.status, execution.version_number)
+            await asyncio.sleep(random.uniform(0.5, 1) * delay)  # noqa: S311  jitter
+            delay = min(delay * 2, RETRY_S[1])
+
+
+def _answer(error: CloudError) -> Event | None:
+    """What a refused request says about the execution; None when it says nothing definite."""
+    state = getattr(error, "details", {}).get("executionState") or {}
+    if isinstance(state, Mapping) and isinstance(state.get("status"), str):
+        version = state.get("versionNumber")
+        return machine.Seen(state["status"], version if isinstance(version, int) else 0)
+    if error.code in ("ResourceNotFound", "TerminalStateReached"):
+        return machine.Gone()
+    if error.code in ("InvalidStateTransition", "VersionMismatch"):
+        return machine.Unclear()
+    if not error.retryable:
+        log.error("the cloud refuses a job update", code=error.code, reason=error.message)
+    return None

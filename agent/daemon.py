@@ -34,6 +34,7 @@ from agent.store import Store
 from agent.supervise import VitalTaskError, restarting, vital
 from agent.telemetry.outbox import Outbox
 from agent.telemetry.reports import Reports, Sources
+from agent.updates.fetch import Limits
 from agent.updates.preflight import restart_target
 from agent.updates.update import Update
 from agent.views import Parts, View
@@ -202,6 +203,7 @@ class Daemon:
             cloud_ok=partial(_is_connected, session),
             mutation_lock=self._mutation_lock,
             agent_version=self._version,
+            limits=Limits(proxy_url=settings.cloud.proxy_url),
         )
 
     def _build_restart(self) -> Restart:

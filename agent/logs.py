@@ -19,8 +19,8 @@ SECRET_KEY = re.compile(
     r"(?i)(private_?key|secret|password|passwd|access_?token|ownership_?token|authorization|credential)"
 )
 SECRETS = (
-    (re.compile(r"(https?://[^\s\"'?]+)\?[^\s\"'<>]+"), r"\1?[redacted]"),
-    (re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@"), r"\1[redacted]@"),
+    (re.compile(r"(https?://[^\s\"'?]{1,2048})\?[^\s\"'<>]+"), r"\1?[redacted]"),
+    (re.compile(r"\b(\w{1,20}://)[^/\s:@]{1,256}:[^/\s@]{1,256}@"), r"\1[redacted]@"),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL), "[redacted]"),
     (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"), "[redacted]"),
 )

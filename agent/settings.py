@@ -7,20 +7,78 @@ file merged with what the shadow wants. Keys marked `Remote` may be set through 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from agent.errors import SettingsError
 
 DEFAULT_CONFIG_FILE = Path("/etc/camera-agent/agent.toml")
+MAX_SOCKET_PATH = 107
+"""Bytes that Linux allows for the path of a socket."""
 
 Operation = Literal["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
 ThingName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9:_-]{1,128}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
-Command = Annotated[list[str], Field(min_length=1)]
+
+
+def _absolute(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("has a NUL character, which no path can have")
+    if not path.is_absolute():
+        raise ValueError("give an absolute path, one that begins with /")
+    return path
+
+
+def _startable(command: list[str]) -> list[str]:
+    if not command[0] or any("\0" in word for word in command):
+        raise ValueError("give the program and its arguments, without NUL characters")
+    return command
+
+
+def _room_for_socket(folder: Path) -> Path:
+    length = len(os.fsencode(folder / "api.sock"))
+    if length > MAX_SOCKET_PATH:
+        raise ValueError(f"too long: the path of api.sock in it has {length} bytes, at most {MAX_SOCKET_PATH} work")
+    return folder
+
+
+def _host_name(name: str) -> str:
+    if not re.fullmatch(r"[^\s/\x00]{0,253}", name) or re.fullmatch(r"[^:]+:[0-9]*", name):
+        raise ValueError("give the host name only, such as abc-ats.iot.eu-central-1.amazonaws.com")
+    return name
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+SocketDir = Annotated[AbsolutePath, AfterValidator(_room_for_socket)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+Command = Annotated[list[str], Field(min_length=1), AfterValidator(_startable)]
+UnitName = Annotated[str, StringConstraints(pattern=r"^[^\s/\x00]{0,255}$")]
+
+
+def _refuse_shared(owners: Iterable[tuple[str, object]], kind: str, what: str) -> None:
+    """Raises ValueError when two of the named `owners` have the same thing; None is nobody's."""
+    seen: dict[object, str] = {}
+    for name, thing in owners:
+        if thing is not None and seen.setdefault(thing, name) != name:
+            raise ValueError(f"{kind} {seen[thing]} and {name} have the same {what}; give each its own")
+
+
+def _place(path: Path | None) -> str | None:
+    return os.path.normpath(path) if path else None
 
 
 class Remote:
@@ -44,20 +102,20 @@ def unit(name: str) -> Any:
 class Cloud(Section):
     """The connection to AWS IoT Core."""
 
-    endpoint: str = ""
+    endpoint: HostName = ""
     """Host name of the account's `iot:Data-ATS` endpoint. Empty: the agent works off-line and says so."""
     port: int = Field(8883, ge=1, le=65535)
     """8883, or 443 where only that is open (then ALPN `x-amzn-mqtt-ca` is used)."""
-    ca_file: Path = Path("/etc/camera-agent/root-ca.pem")
+    ca_file: AbsolutePath = Path("/etc/camera-agent/root-ca.pem")
     """PEM file with the root certificates to trust; it replaces the system's store."""
-    certificate_file: Path | None = None
+    certificate_file: AbsolutePath | None = None
     """PEM file of the device certificate. Default: `<state_dir>/identity/certificate.pem`."""
-    private_key_file: Path | None = None
+    private_key_file: AbsolutePath | None = None
     """PEM file of the device's private key. Default: `<state_dir>/identity/private-key.pem`."""
     proxy_url: str = Field(
         "", pattern=r"^(http://([^\s/:@]+(:[^\s/@]*)?@)?[^\s/:@]+(:[0-9]{1,4}|:[1-5][0-9]{4}|:6[0-4][0-9]{3})?/?)?$"
     )
-    """HTTP proxy for MQTT, `http://[user:password@]host:port`. Empty: none."""
+    """HTTP proxy for MQTT and downloads, `http://[user:password@]host:port`. Empty: none."""
     keep_alive_s: int = Field(45, ge=30, le=1200, json_schema_extra=unit("s"))
     """MQTT keep-alive; mobile networks drop idle connections after one to five minutes."""
     session_expiry_s: int = Field(3600, ge=0, le=604800, json_schema_extra=unit("s"))
@@ -69,9 +127,9 @@ class Provisioning(Section):
 
     template: str = ""
     """Name of the provisioning template. Empty: no provisioning."""
-    claim_certificate_file: Path | None = None
+    claim_certificate_file: AbsolutePath | None = None
     """PEM file of the claim certificate."""
-    claim_private_key_file: Path | None = None
+    claim_private_key_file: AbsolutePath | None = None
     """PEM file of the claim's private key."""
     parameters: dict[str, str] = {}
     """Parameters for the template, such as `SerialNumber`."""
@@ -80,9 +138,9 @@ class Provisioning(Section):
 class Paths(Section):
     """Where the agent keeps its things."""
 
-    state_dir: Path = Path("/var/lib/camera-agent")
+    state_dir: AbsolutePath = Path("/var/lib/camera-agent")
     """State that must survive a reboot: identity, state.db, downloads."""
-    runtime_dir: Path = Path("/run/camera-agent")
+    runtime_dir: SocketDir = Path("/run/camera-agent")
     """Sockets; may be lost at a reboot."""
 
 
@@ -91,7 +149,7 @@ class Jobs(Section):
 
     allow: list[Operation] = ["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
     """Operations that jobs may use."""
-    handler_dir: Path = Path("/etc/camera-agent/handlers")
+    handler_dir: AbsolutePath = Path("/etc/camera-agent/handlers")
     """Folder of the handlers that `runHandler` steps may start; neither it nor a handler may be writable by others."""
     commands: Literal["deny", "allow"] = "deny"
     """Whether `runCommand` steps (AWS-Run-Command) may run."""
@@ -106,9 +164,9 @@ class UpdateTarget(Section):
 
     installer: Literal["app", "deb", "rauc", "agent"]
     """How it is installed."""
-    root: Path | None = None
+    root: AbsolutePath | None = None
     """Installer `app`: the folder of `slots/<digest>/` and the link `current`."""
-    unit: str = ""
+    unit: UnitName = ""
     """systemd unit restarted after the switch and watched by the gate."""
     restart: Command | None = None
     """Command run after the switch where there is no systemd unit."""
@@ -127,26 +185,31 @@ class UpdateTarget(Section):
 class Updates(Section):
     """Software updates."""
 
-    keys_dir: Path = Path("/etc/camera-agent/update-keys")
+    keys_dir: AbsolutePath = Path("/etc/camera-agent/update-keys")
     """Folder with root.json, the keys that software must be signed with. Without keys every update is refused."""
     targets: dict[Name, UpdateTarget] = {}
     """What may be updated."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Updates:
+        _refuse_shared(((name, _place(target.root)) for name, target in self.targets.items()), "targets", "root")
+        return self
 
 
 class ConfigTarget(Section):
     """A configuration file of another program that the shadow may set."""
 
-    path: Path
+    path: AbsolutePath
     """The file to write."""
     format: Literal["json", "toml"] = "json"
     """Syntax of the file."""
-    schema_file: Path | None = None
+    schema_file: AbsolutePath | None = None
     """JSON Schema (draft 2020-12) that the wanted document must satisfy."""
     check: Command | None = None
     """Command that must exit 0 before the file is written; `{path}` is the candidate."""
     apply: Literal["none", "reload", "restart"] | Command = "none"
     """What makes the program take it: reload or restart of `unit`, or a command."""
-    unit: str = ""
+    unit: UnitName = ""
     """systemd unit for `apply`."""
 
     @model_validator(mode="after")
@@ -166,15 +229,20 @@ class Config(Section):
     targets: dict[Name, ConfigTarget] = {}
     """What may be configured besides the agent itself."""
 
+    @model_validator(mode="after")
+    def _apart(self) -> Config:
+        _refuse_shared(((name, _place(target.path)) for name, target in self.targets.items()), "targets", "path")
+        return self
+
 
 class CaptureSource(Section):
     """A folder that a capture pipeline writes its images into."""
 
-    directory: Path
+    directory: AbsolutePath
     """Watched recursively."""
     pattern: str = Field("*.jpg", min_length=1)
     """Names that count as images."""
-    interval_s: Annotated[float, Remote()] = Field(1.0, gt=0, le=86400, json_schema_extra=unit("s"))
+    interval_s: Annotated[float, Remote()] = Field(1.0, ge=0.01, le=86400, json_schema_extra=unit("s"))
     """Expected time between images."""
 
 
@@ -183,14 +251,20 @@ class Capture(Section):
 
     budget_pct: Annotated[float, Remote()] = Field(3.0, ge=0.1, le=100, json_schema_extra=unit("% of one core"))
     """Share of one core that image analysis may use."""
-    slow_ratio: Annotated[float, Remote()] = Field(0.9, gt=0, le=1, json_schema_extra=unit("ratio"))
+    slow_ratio: Annotated[float, Remote()] = Field(0.9, ge=0.01, le=1, json_schema_extra=unit("ratio"))
     """`capture.slow` is raised below this share of the expected images."""
     dark_luma: Annotated[float, Remote()] = Field(28, ge=0, le=255, json_schema_extra=unit("luma 0-255"))
     """`image.dark` is raised when the brightest hundredth of the image is at or below this."""
-    blur_drop: Annotated[float, Remote()] = Field(0.25, gt=0, le=5, json_schema_extra=unit("log ratio"))
+    blur_drop: Annotated[float, Remote()] = Field(0.25, ge=0.01, le=5, json_schema_extra=unit("log ratio"))
     """`image.blurred` is raised when sharpness falls by more than this against the camera's own reference."""
     sources: dict[Name, CaptureSource] = {}
     """The cameras' folders."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Capture:
+        places = ((name, (_place(source.directory), source.pattern)) for name, source in self.sources.items())
+        _refuse_shared(places, "sources", "directory and pattern")
+        return self
 
 
 class Telemetry(Section):
@@ -200,11 +274,11 @@ class Telemetry(Section):
     """Length of a report's window."""
     topic_prefix: str = Field("$aws/rules/camera_fleet/cameras", pattern=r"^[^+#\s]{1,200}$")
     """Reports go to `<prefix>/<thing>/report`, events to `<prefix>/<thing>/event`."""
-    outbox_max_bytes: int = Field(16 * 2**20, ge=65536, json_schema_extra=unit("bytes"))
+    outbox_max_bytes: int = Field(16 * 2**20, ge=65536, le=2**40, json_schema_extra=unit("bytes"))
     """Disk that unsent messages may use; beyond it the oldest are dropped and counted."""
-    outbox_max_age_s: int = Field(7 * 86400, ge=60, json_schema_extra=unit("s"))
+    outbox_max_age_s: int = Field(7 * 86400, ge=60, le=3650 * 86400, json_schema_extra=unit("s"))
     """Age at which an unsent message is dropped."""
-    backlog_per_s: float = Field(5, gt=0, le=50, json_schema_extra=unit("messages/s"))
+    backlog_per_s: float = Field(5, ge=0.01, le=50, json_schema_extra=unit("messages/s"))
     """Rate at which messages that waited off-line are sent beside the live ones."""
 
 
@@ -255,7 +329,7 @@ def read_document(path: Path) -> dict[str, Any]:
         raise SettingsError(
             "settings_unreadable", f"{path}: {error}", "make it a UTF-8 file the agent may read"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError("settings_syntax", f"{path}: not valid TOML: {error}", "mend the line it names") from None
 
 
@@ -265,9 +339,8 @@ def validate(document: dict[str, Any], origin: str) -> Settings:
         return Settings.model_validate(document)
     except ValidationError as error:
         problems = [f"{'.'.join(key)}: {words}" for key, words in explain(error)]
-        raise SettingsError(
-            "settings_invalid", f"{origin}: " + "; ".join(problems), "correct or remove the key"
-        ) from None
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in "; ".join(problems))
+        raise SettingsError("settings_invalid", f"{origin}: {line}", "correct or remove the key") from None
 
 
 def load(path: Path) -> Settings:

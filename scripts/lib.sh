@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: sets up .venv from the lock files, and Debian's packages when root.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 say() { printf '\033[2m== %s\033[0m\n' "$*" >&2; }
 
@@ -11,7 +12,7 @@ need_debian() { # need_debian PACKAGE…: installs what is missing when root; ot
   done
   [ ${#missing[@]} -eq 0 ] && return 0
   if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-    echo "missing Debian packages (apt-get install ${missing[*]})" >&2
+    echo "missing Debian packages: ${missing[*]} (as root: apt-get install ${missing[*]})" >&2
     return 1
   fi
   say "installing Debian packages: ${missing[*]}"
@@ -34,8 +35,13 @@ set_up_venv() { # set_up_venv LOCKFILE: .venv holds exactly what the lock file n
   if [ -x .venv/bin/agentctl ] && grep -qsx "$stamp" .venv/.locked; then return; fi
   if [ ! -x .venv/bin/python ]; then
     python=$(find_python 2>/dev/null) || { need_debian python3 && python=$(find_python); }
-    if ! "$python" -c 'import ensurepip' 2>/dev/null; then need_debian python3-venv; fi
-    "$python" -m venv .venv
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null && ! { need_debian python3-venv && "$python" -c 'import ensurepip, venv' 2>/dev/null; }; then
+      echo "$python can't make the virtual environment .venv, which all scripts need. Do one of these and start again:" >&2
+      echo "  sudo apt-get install python3-venv" >&2
+      echo "  PYTHON=/path/to/python $0   (another Python, 3.11 or later, that has venv and ensurepip)" >&2
+      return 1
+    fi
+    "$python" -m venv .venv || { rm -rf .venv; return 1; }
   fi
   say "installing $lock into .venv (once)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements/build.txt -r "$lock"

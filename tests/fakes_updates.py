@@ -158,6 +158,7 @@ class Images:
     ok: bool = True
     waiting: bool = False
     reasons: list[str] = field(default_factory=list)
+    judged: str = "pictures"
 
 
 class FakeCapture:
@@ -165,6 +166,12 @@ class FakeCapture:
 
     def __init__(self) -> None:
         self.verdict = Images()
+        self.lacks: list[str] = []
+        self.asked = asyncio.Event()
+
+    def lacking(self) -> str:
+        self.asked.set()
+        return self.lacks[0] if self.lacks else ""
 
     def reference(self) -> dict[str, Any]:
         return {"front": {"rate_hz": 1.0}}

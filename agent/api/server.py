@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import json
 import math
 import os
-import pwd
 import socket
-import stat
-import struct
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.api import routes
+from agent.api import routes, sockets
 from agent.errors import AgentError, CloudError, RefusedError
 from agent.logs import get_logger, redact
 
@@ -31,22 +26,15 @@ if TYPE_CHECKING:
 log = get_logger("api")
 
 SCHEMA = 1
-OPERATORS = "camera-operators"
-ADMINS = "camera-admins"
 BODY_LIMIT = 64 * 1024
 CONNECTION_LIMIT = 64
+"""At once; half of them for one user, and a quarter kept for those who may write."""
+HEAD_TIMEOUT_S = 5.0
+"""For a request's head, from the connection's start or the last answer; also how long an idle connection is kept."""
 BODY_TIMEOUT_S = 10.0
-SO_PEERGROUPS = 59
-"""socket(7), since Linux 4.13; Python has no name for it."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Who is at the other end of a connection, by the kernel's word."""
-
-    pid: int
-    uid: int
-    groups: frozenset[int]
+SEND_TIMEOUT_S = 10.0
+"""For a client to read an answer, or one line of a stream."""
+CHECK_EVERY_S = 10.0
 
 
 class Server:
@@ -55,38 +43,64 @@ class Server:
     def __init__(self, agent: routes.Agent, socket_file: Path) -> None:
         self._agent = agent
         self._path = socket_file
-        self._listener: socket.socket | None = None
-        self._inode = 0
-        self._admins: int | None = None
+        self._listener: sockets.Listener | None = None
         self._http: web.Server | None = None
         self._protocol: Callable[[], asyncio.Protocol]
+        self._users: dict[asyncio.BaseProtocol, sockets.Peer] = {}
+        """The open connections."""
 
     async def open(self) -> None:
         """Listen. A killed daemon's socket file is replaced. Raises AgentError when a live one has it or it can't be made."""
-        self._listener, self._inode, self._admins = await asyncio.to_thread(_listen, self._path)
+        self._listener = await asyncio.to_thread(sockets.listen, self._path)
 
     async def run(self) -> None:
-        """Answer clients until cancelled."""
+        """Answer clients until cancelled; where the socket's file goes away, it is made anew."""
         assert self._listener, "open() first"
-        loop = asyncio.get_running_loop()
         try:
-            while True:
-                try:
-                    client, _ = await loop.sock_accept(self._listener)
-                except OSError as error:
-                    log.warning("can't accept a client", error=str(error))
-                    await asyncio.sleep(1)
-                    continue
-                await self._greet(client)
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    accepting = tasks.create_task(self._accept(self._listener.socket))
+                    fresh = await self._await_loss(self._listener)
+                    accepting.cancel()
+                    await asyncio.wait({accepting})
+                    self._listener.socket.close()
+                    self._listener = fresh
         finally:
             await self._close()
+
+    async def _await_loss(self, listener: sockets.Listener) -> sockets.Listener:
+        """Wait until the socket's file is gone; the new listener."""
+        said = ""
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            if await asyncio.to_thread(sockets.is_at, self._path, listener):
+                continue
+            try:
+                fresh = await asyncio.to_thread(sockets.listen, self._path)
+            except AgentError as error:
+                if error.message != said:
+                    log.error("the API socket is gone and can't be made anew", code=error.code, error=error.message)
+                    said = error.message
+                continue
+            log.warning("the API socket was gone and is made anew", path=str(self._path))
+            return fresh
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:
+                log.warning("can't accept a client", error=str(error))
+                await asyncio.sleep(1)
+                continue
+            await self._greet(client)
 
     async def _greet(self, client: socket.socket) -> None:
         try:
             if self._http is None:
                 await asyncio.to_thread(__import__, "aiohttp.web")
                 self._http, self._protocol = self._http_server()
-            if len(self._http.connections) >= CONNECTION_LIMIT:
+            if not self._has_place(sockets.peer_of(client)):
                 client.setblocking(False)
                 with contextlib.suppress(OSError):
                     client.send(_busy())
@@ -100,19 +114,42 @@ class Server:
             client.close()
             raise
 
+    def _has_place(self, peer: sockets.Peer) -> bool:
+        """Whether one more connection of this user may be kept: no user can shut out the others, nor readers the admins."""
+        mine = sum(other.uid == peer.uid for other in self._users.values())
+        places = CONNECTION_LIMIT if self._may_write(peer) else CONNECTION_LIMIT * 3 // 4
+        return mine < CONNECTION_LIMIT // 2 and len(self._users) < places
+
     async def _close(self) -> None:
         assert self._listener
-        self._listener.close()
+        await asyncio.to_thread(sockets.remove, self._path, self._listener)
+        self._listener.socket.close()
         if self._http:
             self._http.pre_shutdown()
             await self._http.shutdown(timeout=1.0)
-        await asyncio.to_thread(_remove_own, self._path, self._inode)
 
     def _http_server(self) -> tuple[web.Server, Callable[[], asyncio.Protocol]]:
         from aiohttp import web
 
+        users = self._users
+
         class Connection(web.RequestHandler):
-            """A connection whose malformed requests are answered in JSON too."""
+            """A connection that is counted, whose malformed requests are answered in JSON too, and whose trouble is one line."""
+
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                assert isinstance(transport, asyncio.WriteTransport)
+                # So that an answer counts as sent only when all of it is: closing would wait for a client that never reads.
+                transport.set_write_buffer_limits(0)
+                with contextlib.suppress(OSError):
+                    users[self] = sockets.peer_of(transport.get_extra_info("socket"))
+                super().connection_made(transport)
+
+            def connection_lost(self, exc: BaseException | None) -> None:
+                users.pop(self, None)
+                super().connection_lost(exc)
+
+            def log_exception(self, *_: object, exc_info: object = None, **__: object) -> None:
+                log.error("connection failed", error=repr(exc_info))
 
             def handle_error(
                 self,
@@ -121,7 +158,7 @@ class Server:
                 exc: BaseException | None = None,
                 message: str | None = None,
             ) -> web.StreamResponse:
-                if status >= 500:
+                if status >= 500 and not isinstance(exc, ConnectionError):
                     log.error("request failed", error=repr(exc))
                 self.close()
                 words = (message or "the request can't be read").strip().splitlines()[0]
@@ -129,9 +166,29 @@ class Server:
 
         server = web.Server(self._answer, handler_cancellation=True)
         loop = asyncio.get_running_loop()
-        return server, lambda: Connection(server, loop=loop, keepalive_timeout=30, tcp_keepalive=False, access_log=None)  # type: ignore[arg-type]  # none is wanted
+        return server, lambda: Connection(
+            server,
+            loop=loop,
+            keepalive_timeout=HEAD_TIMEOUT_S,
+            tcp_keepalive=False,
+            access_log=None,  # type: ignore[arg-type]  # none is wanted
+            auto_decompress=False,
+        )
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._respond(request)
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            log.warning("a client does not read its answer", path=request.path)
+            _abort(request)
+        except ConnectionError:
+            log.debug("a client went away", path=request.path)
+        return response
+
+    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             return await self._route(request)
         except RefusedError as error:
@@ -157,18 +214,18 @@ class Server:
                 refusal.headers["Allow"] = ", ".join(methods)
                 return refusal
             raise RefusedError("no_such_path", f"there is no {request.path}")
-        peer = peer_of(request.transport)
+        peer = _peer(request)
         if route.access == "write" and not self._may_write(peer):
             return _error(
                 403,
                 "forbidden",
                 f"uid {peer.uid} may look but not change anything",
-                f"use sudo, or become a member of the group {ADMINS}",
+                f"use sudo, or become a member of the group {sockets.ADMINS}",
             )
         await _read_body(request)
         actor = f"local:{peer.uid}"
         if route.access == "write":
-            actor = f"local:{await asyncio.to_thread(_user_name, peer.uid)}"
+            actor = f"local:{await asyncio.to_thread(sockets.user_name, peer.uid)}"
             log.info("request", method=request.method, path=request.path, actor=actor, pid=peer.pid)
         reply = await route.handler(self._agent, routes.Request(values, dict(request.query), actor))
         if isinstance(reply, dict):
@@ -177,98 +234,29 @@ class Server:
             return _text(reply)
         return await _send_lines(request, reply)
 
-    def _may_write(self, peer: Peer) -> bool:
-        return peer.uid in (0, os.getuid()) or (self._admins is not None and self._admins in peer.groups)
+    def _may_write(self, peer: sockets.Peer) -> bool:
+        admins = self._listener.admins if self._listener else None
+        return peer.uid in (0, os.getuid()) or (admins is not None and admins in peer.groups)
 
 
-def peer_of(transport: asyncio.BaseTransport | None) -> Peer:
-    """Who is at the other end, as it was when they connected. Raises RefusedError when they are gone."""
-    connection = transport.get_extra_info("socket") if transport else None
+def _peer(request: web.BaseRequest) -> sockets.Peer:
+    connection = request.transport.get_extra_info("socket") if request.transport else None
     if connection is None:
         raise RefusedError("client_gone", "the client has closed the connection")
-    pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    groups: tuple[int, ...] = ()
-    with contextlib.suppress(OSError):  # more groups than fit: only the primary one counts
-        groups = tuple(
-            value for (value,) in struct.iter_unpack("I", connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024))
-        )
-    return Peer(pid, uid, frozenset((gid, *groups)))
+    return sockets.peer_of(connection)
 
 
-def _listen(path: Path) -> tuple[socket.socket, int, int | None]:
-    """The listening socket, its file's inode, and the gid of the admins' group where there is one. Blocking."""
-    _make_way(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.fchmod(listener.fileno(), 0o600)  # the file is born with it, so that nobody slips in before the next lines
-        listener.bind(str(path))
-        operators = _gid(OPERATORS)
-        if operators is not None:
-            try:
-                os.chown(path, -1, operators)
-            except PermissionError:
-                log.warning("can't give the API socket to its group", group=OPERATORS, path=str(path))
-        path.chmod(0o660)
-        listener.setblocking(False)
-        listener.listen(CONNECTION_LIMIT)
-        return listener, path.stat().st_ino, _gid(ADMINS)
-    except OSError as error:
-        listener.close()
-        raise AgentError(
-            "api_socket_failed", f"{path}: {error.strerror or error}", "check [paths] runtime_dir"
-        ) from error
-
-
-def _make_way(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise AgentError("api_socket_failed", f"{path} is there and is not a socket", "remove it")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:
-            pass  # its queue is full: somebody listens
-        except OSError as error:
-            raise AgentError("api_socket_failed", f"{path}: {error.strerror}", "check its owner and mode") from error
-    raise AgentError(
-        "already_running",
-        f"another camera-agent already answers on {path}",
-        "stop it, or give this one another [paths] runtime_dir",
-    )
-
-
-def _remove_own(path: Path, inode: int) -> None:
-    with contextlib.suppress(OSError):
-        if path.lstat().st_ino == inode:
-            path.unlink()
-
-
-def _gid(group: str) -> int | None:
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        return None
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+def _abort(request: web.BaseRequest) -> None:
+    if isinstance(request.transport, asyncio.WriteTransport):
+        request.transport.abort()
 
 
 async def _read_body(request: web.BaseRequest) -> bytes:
     from aiohttp import web
 
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise RefusedError("bad_encoding", f"a body can't be encoded as {encoding!r:.40}", "send it as it is")
     too_large = RefusedError("body_too_large", f"the body may have {BODY_LIMIT} bytes at most")
     if (request.content_length or 0) > BODY_LIMIT:
         raise too_large
@@ -294,7 +282,12 @@ async def _send_lines(request: web.BaseRequest, lines: AsyncIterator[routes.Json
     try:
         if request.method != "HEAD":
             async for line in lines:
-                await response.write(_encode(line) + b"\n")
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await response.write(_encode(line) + b"\n")
+    except TimeoutError:
+        log.warning("a client does not read its stream", path=request.path)
+        _abort(request)
+        return response
     finally:
         close = getattr(lines, "aclose", None)
         if close:
@@ -303,10 +296,13 @@ async def _send_lines(request: web.BaseRequest, lines: AsyncIterator[routes.Json
     return response
 
 
+STATUSES = {"bad_request": 400, "forbidden": 403, "body_too_slow": 408, "body_too_large": 413, "bad_encoding": 415}
+
+
 def _status_of(error: RefusedError) -> int:
     if error.code.startswith(("no_such_", "unknown_")):
         return 404
-    return {"bad_request": 400, "body_too_large": 413, "body_too_slow": 408, "forbidden": 403}.get(error.code, 409)
+    return STATUSES.get(error.code, 409)
 
 
 def _json(status: int, document: routes.Json) -> web.Response:
@@ -322,7 +318,7 @@ def _json(status: int, document: routes.Json) -> web.Response:
 def _text(reply: routes.Text) -> web.Response:
     from aiohttp import web
 
-    return web.Response(body=reply.body.encode(), headers={"Content-Type": reply.content_type})
+    return web.Response(body=reply.body.encode(errors="replace"), headers={"Content-Type": reply.content_type})
 
 
 def _error(status: int, code: str, message: str, hint: str = "") -> web.Response:
@@ -330,7 +326,9 @@ def _error(status: int, code: str, message: str, hint: str = "") -> web.Response
 
 
 def _encode(document: routes.Json) -> bytes:
-    return json.dumps({"schema": SCHEMA, **_presentable(document)}, default=str, ensure_ascii=False).encode()
+    """JSON in UTF-8; halves of surrogate pairs, as in file names that are not UTF-8, become JSON's own escapes."""
+    text = json.dumps({"schema": SCHEMA, **_presentable(document)}, default=str, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
 
 
 def _presentable(value: Any) -> Any:

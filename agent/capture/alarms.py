@@ -115,6 +115,10 @@ class Alarms:
         ordered = sorted(self._set.items(), key=lambda item: item[1].since)
         return [self._words(name, held.message) | {"since": held.since} for name, held in ordered]
 
+    def disturbed(self) -> None:
+        """A change of our own is on trial: the rate of this time is no sign of a fault."""
+        self._pace_spoiled = True
+
     def folder(self, *, missing: bool, directory: str, at: float) -> None:
         """The watched folder is there or not."""
         self._put(FOLDER_MISSING, missing, f"{self._source}: the folder {directory} does not exist", at)
@@ -176,12 +180,9 @@ class Alarms:
         if silence > self._stopped_after_s:
             self._flowing = 0
             self._pace_from = None
-            self._put(
-                STOPPED,
-                True,
-                f"{self._source}: no image for {silence:.0f} s, one every {self._interval_s:g} s expected",
-                at,
-            )
+            words = f"{self._source}: no image for {silence:.0f} s, one every {self._interval_s:g} s expected"
+            self._put(STOPPED, True, words, at)
+            self._set[STOPPED].message = words
 
     def _judge_pace(self, elapsed: float, at: float) -> None:
         """Judged when an image arrives, since silence is another condition; one image of tolerance for the edges."""
@@ -189,9 +190,11 @@ class Alarms:
             return
         expected = elapsed / self._interval_s
         delivered = self._paced + 1
+        words = f"{self._source}: {self._paced} of {expected:.0f} expected images in {elapsed:.0f} s"
+        if SLOW in self._set:
+            self._set[SLOW].message = words
         if delivered < self._settings.slow_ratio * expected:
             self._good_paces = 0
-            words = f"{self._source}: {self._paced} of {expected:.0f} expected images in {elapsed:.0f} s"
             self._put(SLOW, True, words, at)
         elif delivered >= SLOW_CLEAR_RATIO * expected:
             self._good_paces += 1

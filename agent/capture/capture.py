@@ -1,29 +1,34 @@
 """Watching what the capture pipelines produce: arrivals, measures, conditions, and the comparison around a change.
 
-One task per source; an error in one restarts only this one. Nothing here can stop the daemon.
+One task per source; an error in one restarts only this one, and a file system that hangs holds up neither the alarms nor
+the end of the process. What a reference needs is kept in the store, so that it survives a restart of the agent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from agent.capture import kept
 from agent.capture.alarms import Alarms
-from agent.capture.container import MAX_BYTES
-from agent.capture.folders import Found
+from agent.capture.folders import Found, printable
 from agent.capture.governor import Governor
-from agent.capture.image_quality import BrokenImageError, Measures, capture_time, check_container, measure
-from agent.capture.reference import Comparison, History, compare_source, join
-from agent.capture.sources import FolderSource, in_thread
+from agent.capture.image_quality import Measures
+from agent.capture.reading import Examined, analyse, examine
+from agent.capture.reference import MINIMUM_SAMPLES, Comparison, History, compare_source, join
+from agent.capture.sources import FolderSource
 from agent.capture.window import Window
+from agent.errors import AgentError
+from agent.host.clock import boot_id
+from agent.host.threads import leavable
 from agent.logs import get_logger
 from agent.settings import Capture as CaptureSettings
 from agent.settings import CaptureSource
+from agent.store import Store, Tables
+from agent.supervise import restarting
 
 log = get_logger("capture")
 
@@ -31,61 +36,12 @@ TICK_S = 1.0
 STALLED_S = 3.0
 FOLDER_HOLD_S = 5.0
 PICTURES_AFTER_CHANGE = 8
-BACK_OFF_S = (1.0, 60.0)
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What the bytes of an arrival told: `kind` of fault, None when whole; the CRC of its bytes; capture time in epoch
-    seconds by EXIF.
-    """
-
-    found: Found
-    kind: str | None = None
-    checksum: int | None = None
-    taken_at: float | None = None
-    vanished: bool = False
-
-
-def examine(arrivals: list[Found]) -> list[Examined]:
-    """Read each file once and check its container. Blocking."""
-    return [_examine(found) for found in arrivals]
-
-
-def _examine(found: Found) -> Examined:
-    if found.vanished:
-        return Examined(found, vanished=True)
-    if found.size > MAX_BYTES:
-        return Examined(found, kind="too_large")
-    try:
-        data = _read(found.path)
-    except FileNotFoundError:
-        return Examined(found, vanished=True)
-    except OSError:
-        return Examined(found, kind="unreadable")
-    return Examined(found, check_container(data), zlib.crc32(data), capture_time(data))
-
-
-def _read(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        return file.read(MAX_BYTES + 1)
-
-
-def analyse(path: str) -> tuple[Measures | None, str | None, float]:
-    """Measures of the file, None when it is gone or being written again; what kept a whole file from being decoded; the
-    CPU seconds it took in this thread. Blocking.
-    """
-    begun = time.thread_time()
-    measures, kind = None, None
-    try:
-        data = _read(path)
-        if check_container(data) is None:
-            measures = measure(data)
-    except BrokenImageError as error:
-        kind = error.kind
-    except OSError:
-        pass
-    return measures, kind, time.thread_time() - begun
+KEEP_EVERY_S = 300.0
+KEEP_TIMEOUT_S = 5.0
+KEEP_LOOK_S = 5.0
+ON_TRIAL_S = 60.0
+GOING_BACK_S = 15.0
+HANGS_S = 30.0
 
 
 class _Source:
@@ -111,7 +67,7 @@ class _Source:
         self._measures: Measures | None = None
         self._images = self._corrupt = self._analysed = 0
         self._last: tuple[float, str] | None = None
-        self._ticked = now
+        self._ticked = self._turned = now
 
     def configure(self, interval_s: float, settings: CaptureSettings) -> None:
         self.interval_s = self.window.interval_s = interval_s
@@ -124,19 +80,30 @@ class _Source:
         folder = FolderSource(self._directory, self._pattern, poll_s=poll_s)
         self._overflows = 0
         self._ticked = time.monotonic()
+        ticks = asyncio.create_task(self._keep_ticking(folder), name=f"alarms of {self.name}")
         try:
             while True:
                 timeout_s = TICK_S
                 if self._newest:
                     timeout_s = min(TICK_S, self.governor.wait_s(time.monotonic()))
+                self._turned = time.monotonic()
                 arrivals = await folder.next(timeout_s)
                 if arrivals:
-                    self._take(await in_thread(lambda found=arrivals: examine(found)))  # type: ignore[misc]
+                    self._take(await leavable(examine, arrivals))
                 if self._newest and self.governor.wait_s(time.monotonic()) <= 0:
                     await self._analyse_newest()
-                self._tick(folder)
+                if ticks.done():
+                    ticks.result()
         finally:
+            ticks.cancel()
+            await asyncio.wait([ticks])
             await folder.close()
+
+    async def _keep_ticking(self, folder: FolderSource) -> None:
+        """Beside the watch, so that images are called missing also while a read hangs."""
+        while True:
+            self._tick(folder)
+            await asyncio.sleep(TICK_S)
 
     def _take(self, examined: list[Examined]) -> None:
         for item in examined:
@@ -163,14 +130,14 @@ class _Source:
         found, self._newest = self._newest, None
         if found is None:
             return
-        measures, kind, cost_s = await in_thread(lambda: analyse(found.path))
+        measures, kind, cost_s = await leavable(analyse, found.path)
         now = time.monotonic()
         self.governor.spent(cost_s, now)
         if measures is None:
             if kind:
                 self._corrupt += 1
                 self.window.undecodable(kind)
-                log.debug("image can't be measured", source=self.name, file=found.path, kind=kind)
+                log.debug("image can't be measured", source=self.name, file=printable(found.path), kind=kind)
             return
         self._measures = measures
         self._analysed += 1
@@ -184,24 +151,57 @@ class _Source:
         for _ in range(tree.overflows - self._overflows):
             self.window.overflow()
         self._overflows = tree.overflows
-        if tree.state != self._state:
-            log.info("capture folder", source=self.name, state=tree.state, directory=str(self._directory))
-            self._state = tree.state
+        state = "hanging" if now - self._turned > HANGS_S else tree.state
+        if state != self._state:
+            log.info("capture folder", source=self.name, state=state, directory=printable(str(self._directory)))
+            self._state = state
         if tree.state != "missing":
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = now
         missing = self._missing_since is not None and now - self._missing_since >= FOLDER_HOLD_S
-        self.alarms.folder(missing=missing, directory=str(self._directory), at=at)
+        self.alarms.folder(missing=missing, directory=printable(str(self._directory)), at=at)
         self.alarms.tick(now, at, stalled=now - self._ticked > STALLED_S)
         self._ticked = now
+
+    @property
+    def key(self) -> str:
+        return f"capture.history.{self.name}"
+
+    def keep(self, boot: str, trial_since: float | None) -> dict[str, Any]:
+        """The history as it is kept in the store; without what came since `trial_since`, which has yet to prove itself."""
+        now = time.monotonic()
+        history = self.history
+        if trial_since is not None:
+            proven = [item for item in history.pictures if item[0] <= trial_since]
+            history = replace(history, pictures=proven)
+        return kept.as_json(
+            history,
+            now=now,
+            at=time.time(),
+            boot_id=boot,
+            interval_s=self.interval_s,
+            place=printable(str(self._directory)),
+        )
+
+    def restore(self, document: Mapping[str, Any], boot: str) -> int:
+        """Take over what `keep` gave, also from before a reboot; the number of pictures."""
+        return kept.restore(
+            self.history,
+            document,
+            now=time.monotonic(),
+            at=time.time(),
+            boot_id=boot,
+            interval_s=self.interval_s,
+            place=printable(str(self._directory)),
+        )
 
     def live(self) -> dict[str, Any]:
         """The state of this moment, as JSON."""
         now, at = time.monotonic(), time.time()
         document: dict[str, Any] = {
             "state": self._state,
-            "directory": str(self._directory),
+            "directory": printable(str(self._directory)),
             "interval_s": self.interval_s,
             "rate_hz": round(self.history.rate_hz(now, 60.0), 3),
             "images": self._images,
@@ -214,7 +214,7 @@ class _Source:
             document |= {
                 "last_image_at": self._last[0],
                 "last_image_age_s": round(max(0.0, at - self._last[0]), 1),
-                "last_image": self._last[1],
+                "last_image": printable(self._last[1]),
             }
         if self._measures:
             document |= {
@@ -231,7 +231,11 @@ class _Source:
 
 
 class Capture:
-    """All sources. Create it, `run` it in a task, and ask it; everything but `run` is quick and for the event loop."""
+    """All sources. Create it, `run` it in a task, and ask it; everything but `run` is quick and for the event loop.
+
+    With a `store`, what a reference needs is kept there: when there is enough for one, then every five minutes at most
+    and at an orderly end.
+    """
 
     def __init__(
         self,
@@ -239,16 +243,85 @@ class Capture:
         settings: CaptureSettings,
         *,
         on_event: Callable[[dict[str, Any]], None],
+        store: Store | None = None,
     ) -> None:
         self._settings = settings
         self._sources = {name: _Source(name, source, settings, on_event) for name, source in sources.items()}
+        self._store = store
+        self._loaded = False
+        self._kept_at = float("-inf")
         self._changed_at: float | None = None
+        self._compared_at = float("-inf")
+        self._worse = False
+        self._asked_at: float | None = None
+        self._asked_last = 0.0
 
     async def run(self) -> None:
         """Watch all sources until cancelled."""
-        async with asyncio.TaskGroup() as group:
+        await self._load()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for source in self._sources.values():
+                    group.create_task(restarting(f"capture {source.name}", source.follow))
+                group.create_task(restarting("capture history", self._keep_now_and_then))
+        finally:
+            await self._keep()
+
+    async def _load(self) -> None:
+        if self._store is None or self._loaded:
+            return
+        self._loaded = True
+        boot = await asyncio.to_thread(boot_id)
+        keys = {name: source.key for name, source in self._sources.items()}
+        try:
+            found = await self._store.read(lambda t: {name: t.fact(key) for name, key in keys.items()})
+        except AgentError as error:
+            log.warning("no capture history", code=error.code, reason=error.message)
+            return
+        for name, document in found.items():
+            count = 0
+            try:
+                count = self._sources[name].restore(document, boot) if document else 0
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                log.warning("capture history can't be read", source=name, reason=repr(error))
+            if count:
+                self._kept_at = time.monotonic()
+                log.info("capture history", source=name, pictures=count)
+
+    async def _keep_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_LOOK_S)
+            now = time.monotonic()
+            counts = [len(source.history.recent(now, source.interval_s)) for source in self._sources.values()]
+            if max(counts, default=0) >= MINIMUM_SAMPLES and now - self._kept_at >= KEEP_EVERY_S:
+                await self._keep()
+
+    async def _keep(self) -> None:
+        """Write what is worth it, for all sources in one transaction."""
+        if self._store is None:
+            return
+        now = self._kept_at = time.monotonic()
+        self._forget_spoilt()
+        trial_since = self._changed_at if now - self._compared_at < ON_TRIAL_S else None
+        documents = {source.key: source.keep(boot_id(), trial_since) for source in self._sources.values()}
+        worth = {key: document for key, document in documents.items() if document["pictures"]}
+
+        def write(tables: Tables) -> None:
+            for key, document in worth.items():
+                tables.set_fact(key, document)
+
+        if worth:
+            try:
+                async with asyncio.timeout(KEEP_TIMEOUT_S):
+                    await self._store.write(write)
+            except (AgentError, TimeoutError) as error:
+                log.warning("capture history can't be kept", reason=str(error))
+
+    def _forget_spoilt(self) -> None:
+        """Once a trial ended with images that were worse, its pictures are no reference for the next."""
+        if self._worse and self._changed_at is not None:
             for source in self._sources.values():
-                group.create_task(_supervise(source), name=f"capture {source.name}")
+                source.history.forget(self._changed_at, self._compared_at + GOING_BACK_S)
 
     def reconfigure(self, settings: CaptureSettings) -> None:
         """Take other thresholds, another budget and other intervals at once; folders stay as they are until a restart."""
@@ -272,6 +345,8 @@ class Capture:
 
     def reference(self) -> dict[str, Any]:
         """What images are like now, for `compare` after a change; JSON, see `History.reference`."""
+        self._asked_at = None
+        self._forget_spoilt()
         now, at = time.monotonic(), time.time()
         return {
             "schema": 1,
@@ -281,14 +356,29 @@ class Capture:
             },
         }
 
+    def lacking(self) -> str:
+        """What `reference` would lack that is worth waiting for, in words; "" when nothing. Ask about once a second."""
+        now = time.monotonic()
+        self._forget_spoilt()
+        if self._asked_at is None or now - self._asked_last > ON_TRIAL_S:
+            self._asked_at = now
+            for source in self._sources.values():
+                source.governor.grant(MINIMUM_SAMPLES)
+        self._asked_last = now
+        asked = self._asked_at
+        lacks = {n: s.history.lacking(asked, now, s.interval_s) for n, s in self._sources.items()}
+        return "; ".join(f"{name}: {words}" for name, words in lacks.items() if words)
+
     def compare(self, reference: Mapping[str, Any], since: float) -> Comparison:
         """Whether images since the monotonic time `since` are as good as in `reference`."""
         if since != self._changed_at:
             self._changed_at = since
             for source in self._sources.values():
                 source.governor.grant(PICTURES_AFTER_CHANGE)
-        now = time.monotonic()
-        return join(
+        for source in self._sources.values():
+            source.alarms.disturbed()
+        now = self._compared_at = time.monotonic()
+        verdict = join(
             [
                 compare_source(
                     name,
@@ -303,19 +393,5 @@ class Capture:
                 if name in self._sources
             ]
         )
-
-
-async def _supervise(source: _Source) -> None:
-    """Follow a source for ever; an error restarts it, later each time."""
-    pause_s = BACK_OFF_S[0]
-    while True:
-        begun = time.monotonic()
-        try:
-            await source.follow()
-        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach the other sources
-            words = "capture source failed and is started again"
-            await asyncio.to_thread(log.error, words, source=source.name, pause_s=pause_s, exc_info=error)
-        if time.monotonic() - begun > BACK_OFF_S[1]:
-            pause_s = BACK_OFF_S[0]
-        await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, BACK_OFF_S[1])
+        self._worse = not verdict.ok and not verdict.waiting
+        return verdict

@@ -82,6 +82,12 @@ def eligible(name: str, pattern: str) -> bool:
     return not name.startswith(".") and not name.endswith(UNFINISHED) and fnmatchcase(name, pattern)
 
 
+def printable(path: str) -> str:
+    """`path` as text that JSON, a log and a terminal can take: bytes that are no UTF-8 and control characters escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def look(path: str) -> ImageFile | None:
     """The regular file at `path`; None for a link or another kind. Raises OSError."""
     facts = os.lstat(path)

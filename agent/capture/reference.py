@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from agent.capture.image_quality import Measures
 from agent.settings import Capture
@@ -25,6 +25,9 @@ HISTORY_SAMPLES = 256
 RATE_WINDOW_S = 300.0
 MOST_ARRIVALS = 2048
 
+SILENT_INTERVALS, SILENT_LEAST_S = 3, 60.0
+WAIT_INTERVALS, WAIT_LEAST_S, WAIT_MOST_S = 20, 60.0, 3600.0
+
 ENOUGH_PICTURES = 5
 JUDGED_PICTURES = 15
 LEAST_RATE = 0.8
@@ -38,18 +41,23 @@ BROKEN_MORE = 0.1
 REPEATED_MOST = 0.5
 
 
+Judged = Literal["pictures", "partly", "rate", "nothing"]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Whether images are as good as before a change.
 
     `assessed` pictures were looked at; `waiting` says that too little has come since the change for a verdict, and then
     `ok` is False but means nothing yet. `reasons` are sentences: what is worse, what is awaited, what could not be judged.
+    `judged` says by what: the pictures of all sources, of some (`partly`), the rate only, or nothing.
     """
 
     assessed: int
     ok: bool
     waiting: bool
     reasons: list[str]
+    judged: Judged = "pictures"
 
 
 def region_medians(samples: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -106,11 +114,20 @@ class Arrival:
     repeated: bool
 
 
+def horizon_s(interval_s: float) -> float:
+    """How far back a reference looks: an hour, or as long as a slow camera needs for its pictures."""
+    return max(HISTORY_S, WAIT_INTERVALS * interval_s)
+
+
 @dataclass
 class History:
-    """One source's last hour: arrivals and measures, with monotonic times."""
+    """One source's last hour: arrivals since the watch `begun`, and measures, with monotonic times.
+
+    `kept_rate_hz` is the rate before a restart of the agent; it counts until this watch has one of its own.
+    """
 
     begun: float
+    kept_rate_hz: float = 0.0
     arrivals: deque[Arrival] = field(default_factory=lambda: deque(maxlen=MOST_ARRIVALS))
     pictures: list[tuple[float, Measures]] = field(default_factory=list)
 
@@ -132,22 +149,58 @@ class History:
         count = sum(arrival.at >= begin for arrival in self.arrivals)
         return count / max(now - begin, 1.0)
 
+    def normal_rate_hz(self, now: float, interval_s: float) -> float:
+        """Images a second, from before a restart while this watch is too young to tell."""
+        if self.kept_rate_hz and now - self.begun < max(GRACE_S, JUDGED_INTERVALS * interval_s):
+            return self.kept_rate_hz
+        return self.rate_hz(now, max(RATE_WINDOW_S, JUDGED_INTERVALS * interval_s))
+
+    def recent(self, now: float, interval_s: float) -> list[tuple[float, Measures]]:
+        """The pictures that a reference is made of."""
+        oldest = now - horizon_s(interval_s)
+        return [(taken, measures) for taken, measures in self.pictures if taken >= oldest]
+
+    def forget(self, since: float, until: float) -> None:
+        """Drop the pictures of that time, so that what a change spoilt is never taken for normal."""
+        self.pictures = [(taken, measures) for taken, measures in self.pictures if not since < taken <= until]
+
+    def flowing(self, now: float, interval_s: float) -> bool:
+        """Whether an image came within max(3 × interval, 60 s)."""
+        return bool(self.arrivals) and now - self.arrivals[-1].at <= _patience_s(interval_s)
+
+    def silent(self, now: float, interval_s: float) -> bool:
+        """Whether none came for that long although the folder was watched; neither is true just after the start."""
+        return now - (self.arrivals[-1].at if self.arrivals else self.begun) > _patience_s(interval_s)
+
+    def lacking(self, asked: float, now: float, interval_s: float) -> str:
+        """What a reference still lacks; "" when it has all, the source is silent, or it was waited for long enough since
+        the monotonic time `asked`: max(60 s, 20 × interval), an hour at most.
+        """
+        count = len(self.recent(now, interval_s))
+        flowing = self.flowing(now, interval_s)
+        longest_s = min(WAIT_MOST_S, max(WAIT_LEAST_S, WAIT_INTERVALS * interval_s))
+        complete = flowing and count >= MINIMUM_SAMPLES
+        if complete or self.silent(now, interval_s) or now - asked >= longest_s:
+            return ""
+        return f"{count} of {MINIMUM_SAMPLES} pictures measured" if flowing else "no image seen yet"
+
     def reference(self, now: float, at: float, interval_s: float) -> dict[str, Any]:
         """What is normal now, as JSON; `at` is epoch seconds.
 
         `rate_hz`, `interval_s` (expected), `samples` (pictures measured), `last_image_at` (epoch s, absent before the
-        first), `flowing` (an image came within max(3 × interval, 60 s)), `broken_share`, `repeated_share`; with samples
+        first), `flowing` and `silent` (see there), `broken_share`, `repeated_share`; with samples
         also `luma` {median, mad, p2, p98}, `p99` and `over` {median, p98}, `contrast` {median, p2}; with assessable ones
         `sharpness` {samples, medians, mads}, one value per region.
         """
         recent = [arrival for arrival in self.arrivals if arrival.at >= now - HISTORY_S]
-        pictures = [measures for taken, measures in self.pictures if taken >= now - HISTORY_S]
+        pictures = [measures for _, measures in self.recent(now, interval_s)]
         age = now - self.arrivals[-1].at if self.arrivals else None
         document: dict[str, Any] = {
-            "rate_hz": round(self.rate_hz(now, max(RATE_WINDOW_S, JUDGED_INTERVALS * interval_s)), 4),
+            "rate_hz": round(self.normal_rate_hz(now, interval_s), 4),
             "interval_s": interval_s,
             "samples": len(pictures),
-            "flowing": age is not None and age <= max(3 * interval_s, 60.0),
+            "flowing": self.flowing(now, interval_s),
+            "silent": self.silent(now, interval_s),
             "broken_share": _share([arrival.broken for arrival in recent]),
             "repeated_share": _share([arrival.repeated for arrival in recent]),
         }
@@ -190,27 +243,50 @@ def compare_source(
     settings: Capture,
 ) -> Comparison:
     """One source against its reference; only images that came after `since` count."""
-    if not before.get("flowing") or not before.get("rate_hz"):
-        return Comparison(0, True, False, [f"{name}: silent before the change, not judged"])
+    if before.get("silent"):
+        return Comparison(0, True, False, [f"{name}: silent before the change, not judged"], "nothing")
     begin = max(since, history.begun)
     arrivals = [arrival for arrival in history.arrivals if arrival.at > begin]
     pictures = [measures for taken, measures in history.pictures if taken > begin][-JUDGED_PICTURES:]
-    wanted_hz = min(before["rate_hz"], 1 / interval_s)
     worse: list[str] = []
     awaited: list[str] = []
-    _judge_rate(arrivals, begin, now, wanted_hz, worse, awaited)
-    _judge_files(arrivals, before, worse)
     notes: list[str] = []
-    if before["samples"] < MINIMUM_SAMPLES:
+    judged: Judged = "pictures"
+    if before.get("flowing") and before.get("rate_hz"):
+        _judge_rate(arrivals, begin, now, min(before["rate_hz"], 1 / interval_s), worse, awaited)
+    else:
+        _judge_presence(arrivals, begin, now, interval_s, worse, awaited)
+        judged = "nothing"
+    _judge_files(arrivals, before, worse)
+    if before.get("samples", 0) < MINIMUM_SAMPLES:
+        went_by = "only that images come" if judged == "nothing" else "going by rate"
+        judged = "nothing" if judged == "nothing" else "rate"
         notes.append(
-            f"{name}: {before['samples']} pictures measured before the change, {MINIMUM_SAMPLES} needed: going by rate"
+            f"{name}: {before.get('samples', 0)} pictures measured before the change, {MINIMUM_SAMPLES} needed: {went_by}"
         )
     elif len(pictures) >= ENOUGH_PICTURES:
+        judged = "pictures"
         worse += _judge_pictures(pictures, before, settings)
     elif not worse:
         awaited.append(f"{len(pictures)} of {ENOUGH_PICTURES} pictures measured since the change")
     reasons = [f"{name}: {words}" for words in (worse or awaited)]
-    return Comparison(len(pictures), not worse and not awaited, bool(awaited) and not worse, reasons + notes)
+    return Comparison(len(pictures), not worse and not awaited, bool(awaited) and not worse, reasons + notes, judged)
+
+
+def _patience_s(interval_s: float) -> float:
+    return max(SILENT_INTERVALS * interval_s, SILENT_LEAST_S)
+
+
+def _judge_presence(
+    arrivals: Sequence[Arrival], begin: float, now: float, interval_s: float, worse: list[str], awaited: list[str]
+) -> None:
+    """Where no rate is known from before, but no long silence either: images must come."""
+    if arrivals and now - arrivals[-1].at <= _patience_s(interval_s):
+        return
+    if not arrivals and now - begin < max(GRACE_S, SILENT_INTERVALS * interval_s):
+        awaited.append("no image since the change yet")
+    else:
+        worse.append(f"no image for {now - (arrivals[-1].at if arrivals else begin):.0f} s since the change")
 
 
 def _judge_rate(
@@ -275,11 +351,13 @@ def _fault(picture: Measures, before: Mapping[str, Any], settings: Capture) -> t
 def join(parts: Sequence[Comparison]) -> Comparison:
     """The verdict over all sources: one that is worse decides at once, then one that waits."""
     if not parts:
-        return Comparison(0, True, False, ["no source delivered images before the change: images not judged"])
+        return Comparison(0, True, False, ["no source of images is configured"], "nothing")
     worse = [part for part in parts if not part.ok and not part.waiting]
     waiting = any(part.waiting for part in parts) and not worse
     reasons = [reason for part in (worse or parts) for reason in part.reasons]
-    return Comparison(sum(part.assessed for part in parts), not worse and not waiting, waiting, reasons)
+    by = {part.judged for part in parts}
+    judged: Judged = "partly" if "pictures" in by and len(by) > 1 else "rate" if len(by) > 1 else by.pop()
+    return Comparison(sum(part.assessed for part in parts), not worse and not waiting, waiting, reasons, judged)
 
 
 def _share(flags: Sequence[bool]) -> float:

@@ -15,16 +15,16 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from agent.capture.folders import Found, ImageFile, Sightings, eligible, images, live_folders, look, on_network
+from agent.host.threads import leavable
 from agent.logs import get_logger
 
 if TYPE_CHECKING:
     from asyncinotify import Event, Inotify, Watch
 
 log = get_logger("capture")
-T = TypeVar("T")
 
 SETTLE_S = 2.0
 RECONCILE_S = 60.0
@@ -165,7 +165,7 @@ class FolderTree:
                 self.state = "polling"
                 self._look_due = 0.0
             elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                log.warning("folder can't be watched", folder=folder, error=str(error))
+                log.warning("folder can't be watched", folder=ascii(folder), error=str(error))
 
     def _unwatch(self, folder: str) -> None:
         inside = folder + os.sep
@@ -356,6 +356,7 @@ class FolderSource:
 
     def __init__(self, directory: Path, pattern: str, *, poll: bool = False, poll_s: float = 1.0) -> None:
         self.tree = FolderTree(directory, pattern, poll=poll, poll_s=poll_s)
+        self._turning = self._closed = False
 
     async def next(self, timeout_s: float) -> list[Found]:
         """What arrived, at once when something has; an empty list after `timeout_s` seconds without."""
@@ -363,10 +364,22 @@ class FolderSource:
         readable = await self._readable(delay) if delay > 0 else True
         if not readable and self.tree.due() > time.monotonic():
             return []
-        return await in_thread(self.tree.turn)
+        self._turning = True
+        return await leavable(self._turn)
 
     async def close(self) -> None:
-        await in_thread(self.tree.close)
+        """Let go of the kernel's watch; a thread that hangs in the folder does so at its end."""
+        self._closed = True
+        if not self._turning:
+            await leavable(self.tree.close)
+
+    def _turn(self) -> list[Found]:
+        try:
+            return self.tree.turn()
+        finally:
+            self._turning = False
+            if self._closed:
+                self.tree.close()
 
     async def _readable(self, timeout_s: float) -> bool:
         descriptor = self.tree.descriptor
@@ -384,13 +397,3 @@ class FolderSource:
             return False
         finally:
             loop.remove_reader(descriptor)
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Run blocking `work` in a thread; when cancelled, wait until the thread has let go of what it works on."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise

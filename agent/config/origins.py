@@ -42,7 +42,7 @@ def explain(
 ) -> dict[str, Any]:
     """All about one key such as `telemetry.interval_s` or `targets.pipeline.exposure`: value, origin, what it overrides.
 
-    Raises RefusedError `unknown_key`.
+    Raises RefusedError `unknown_key`, also for a table, with the names of its keys.
     """
     path = tuple(key.split("."))
     if path[0] == "targets":
@@ -50,10 +50,11 @@ def explain(
     section = schema.section_at(path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
     value, known = _look_up(settings.model_dump(mode="json"), path)
-    if field is None or not known or is_table(path):
-        hint = suggestion(path).removeprefix(", ") if all(path) else ""
-        words = "is a table, ask for one of its keys" if is_table(path) else "is no key of agent.toml"
-        raise RefusedError("unknown_key", f"{key} {words}", hint)
+    if is_table(path) and known:
+        raise _is_table(key, value)
+    if field is None or not known:
+        hint = suggestion(path).removeprefix(", ") if all(path) and not is_table(path) else ""
+        raise RefusedError("unknown_key", f"{key} is no key of agent.toml", hint or _neighbours(settings, path))
     origin, since = _origin(path, leaves(site), leaves(in_force.agent), in_force)
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     layers = [{"origin": DEFAULT, "value": _shown(default)}]
@@ -73,6 +74,23 @@ def explain(
         "remote": remote(path) is not None,
         "description": field.description or "",
     }
+
+
+def _is_table(key: str, table: Mapping[str, Any]) -> RefusedError:
+    if not table:
+        return RefusedError("unknown_key", f"{key} is a table, and has no keys", "agent.toml may give it some")
+    return RefusedError(
+        "unknown_key",
+        f"{key} is a table; its keys: {', '.join(table)}",
+        f"ask for one of them: {key}.{next(iter(table))}",
+    )
+
+
+def _neighbours(settings: Settings, path: KeyPath) -> str:
+    """What the table that `path` would be in holds, where there is such a table."""
+    table, known = _look_up(settings.model_dump(mode="json"), path[:-1])
+    where = ".".join(path[:-1])
+    return f"{where} has {', '.join(table) or 'nothing'}" if known and where and isinstance(table, Mapping) else ""
 
 
 def _explain_target(key: str, path: KeyPath, settings: Settings, in_force: InForce) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, client: Client) -> int:
     if arguments.watch:
         return _watch(arguments, client)
-    reply = client.get("/v1/capture")
+    reply = client.get("/v1/capture", sources=dict)
     if arguments.json:
         output.show_json(reply)
     else:
@@ -96,7 +96,5 @@ def _watch(arguments: Namespace, client: Client) -> int:
             continue
         now = time.time()
         lines = [f"capture, {output.moment(now)} (Ctrl-C ends)", "", *describe(frame, now)]
-        # Home, each line cleared to its end, then the rest of the screen: no flicker, few bytes for a slow line.
-        sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-        sys.stdout.flush()
+        output.show_frame(lines)
     return ANSWERED

@@ -4,20 +4,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from agent.ctl.exits import DAEMON_DOWN, ERROR, FORBIDDEN, NO_SUCH_THING, TIMED_OUT, Failure
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 Json = dict[str, Any]
 
 DEFAULT_CONFIG_FILE = "/etc/camera-agent/agent.toml"
 DEFAULT_SOCKET_FILE = "/run/camera-agent/api.sock"
 ANSWER_LIMIT = 64 * 2**20
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What comes of using an answer, or a kept status, that isn't built as it should be."""
 
 
 def config_file(option: str | None) -> str:
@@ -56,19 +62,24 @@ def socket_file(option: str | None, config_option: str | None) -> str:
 
 
 class Client:
-    """The daemon at `path`; every call is a connection of its own and raises Failure when there is no good answer."""
+    """The daemon at `path`; every call is a connection of its own and raises Failure when there is no good answer.
+
+    The whole of an answer, or the next object of a stream, must be there within `timeout_s`.
+    """
 
     def __init__(self, path: str, timeout_s: float = 10.0) -> None:
         self.path = path
         self.timeout_s = timeout_s
+        self.answered = False
+        """Whether an object has been handed out."""
 
-    def get(self, target: str) -> Json:
-        """The JSON object at `target`, a path with its query."""
-        return _document(self._ask("GET", target))
+    def get(self, target: str, **parts: type) -> Json:
+        """The JSON object at `target`, a path with its query, which must have these parts."""
+        return self._document(self._ask("GET", target), parts)
 
     def post(self, target: str) -> Json:
         """The JSON object that a POST without a body answers."""
-        return _document(self._ask("POST", target))
+        return self._document(self._ask("POST", target), {})
 
     def text(self, target: str) -> str:
         """The text at `target`."""
@@ -77,12 +88,15 @@ class Client:
     def lines(self, target: str) -> Iterator[Json]:
         """The JSON objects of a stream, as they arrive, until the daemon ends it."""
         try:
-            with self._connect() as connection:
+            with Connection(self.path, self.timeout_s) as connection:
                 rest = b""
                 for piece in _exchange(connection, "GET", target):
                     *whole, rest = (rest + piece).split(b"\n")
+                    if len(rest) > ANSWER_LIMIT:
+                        raise garbled("the answer is too large")
                     for line in whole:
-                        yield _document(line)
+                        yield self._document(line, {})
+                        connection.set_deadline()
         except OSError as error:
             raise self._explain(error) from None
 
@@ -93,26 +107,31 @@ class Client:
             with open(path, "rb") as file:
                 status = json.loads(file.read())
                 at = os.fstat(file.fileno()).st_mtime
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return {"at": at, "age_s": max(0.0, time.time() - at), "status": status} if isinstance(status, dict) else None
 
     def _ask(self, method: str, target: str) -> bytes:
         try:
-            with self._connect() as connection:
+            with Connection(self.path, self.timeout_s) as connection:
                 return b"".join(_exchange(connection, method, target))
         except OSError as error:
             raise self._explain(error) from None
 
-    def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _document(self, data: bytes, parts: dict[str, type]) -> Json:
         try:
-            connection.settimeout(self.timeout_s)
-            connection.connect(self.path)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+            document = json.loads(data)
+        except ValueError:
+            raise garbled("the answer is not JSON") from None
+        except RecursionError:
+            raise garbled("the answer is nested too deep") from None
+        if not isinstance(document, dict):
+            raise garbled("the answer is not an object")
+        for name, kind in parts.items():
+            if not isinstance(document.get(name), kind):
+                raise garbled(f"its {name!r} is missing or of the wrong type")
+        self.answered = True
+        return document
 
     def _explain(self, error: OSError) -> Failure:
         """An error of the socket in words, with what to do."""
@@ -135,21 +154,62 @@ class Client:
         return Failure(ERROR, "socket_failed", f"{self.path}: {error.strerror or error}", "check --socket")
 
 
-def _exchange(connection: socket.socket, method: str, target: str) -> Iterator[bytes]:
+class Connection(io.RawIOBase):
+    """A connection whose connecting, sending and reading must all be done before one deadline. Raises OSError."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.set_deadline()
+        try:
+            self._socket.settimeout(timeout_s)
+            self._socket.connect(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def set_deadline(self) -> None:
+        """Put the deadline `timeout_s` from now."""
+        self._deadline = time.monotonic() + self._timeout_s
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of `data`."""
+        self._socket.settimeout(self._left())
+        self._socket.sendall(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        self._socket.settimeout(self._left())
+        return self._socket.recv_into(cast(bytearray, buffer))
+
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
+def _exchange(connection: Connection, method: str, target: str) -> Iterator[bytes]:
     """Send a request and give the pieces of a good answer's body. Raises Failure for any other answer, and OSError."""
     connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-    with connection.makefile("rb") as answer:
+    with io.BufferedReader(connection) as answer:
         first = answer.readline(65536)
         if not first:
             raise ConnectionResetError
         parts = first.split(None, 2)
         if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not parts[1].isdigit():
-            raise _garbled("it did not answer in HTTP")
+            raise garbled("it did not answer in HTTP")
         status = int(parts[1])
         headers = {}
         while (line := answer.readline(65536)) not in (b"\r\n", b"\n"):
             if not line:
-                raise _garbled("the answer ends in its headers")
+                raise garbled("the answer ends in its headers")
             name, _, value = line.partition(b":")
             headers[name.strip().lower()] = value.strip()
         body = _body(answer, headers)
@@ -174,27 +234,17 @@ def _number(text: bytes, base: int) -> int:
     try:
         number = int(text, base)
     except ValueError:
-        raise _garbled("the answer is cut off") from None
+        raise garbled("the answer is cut off") from None
     if not 0 <= number <= ANSWER_LIMIT:
-        raise _garbled("the answer is too large")
+        raise garbled("the answer is too large")
     return number
 
 
 def _exactly(answer: BinaryIO, size: int) -> bytes:
     data = answer.read(size)
     if len(data) < size:
-        raise _garbled("the answer is cut off")
+        raise garbled("the answer is cut off")
     return data
-
-
-def _document(data: bytes) -> Json:
-    try:
-        document = json.loads(data)
-    except ValueError:
-        raise _garbled("the answer is not JSON") from None
-    if not isinstance(document, dict):
-        raise _garbled("the answer is not an object")
-    return document
 
 
 def _refusal(status: int, body: bytes) -> Failure:
@@ -202,11 +252,12 @@ def _refusal(status: int, body: bytes) -> Failure:
     try:
         error = json.loads(body)["error"]
         return Failure(exit_code, str(error["code"]), str(error["message"]), str(error.get("hint") or ""))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Failure(exit_code, "garbled_answer", f"camera-agent answered with status {status} and no reason")
 
 
-def _garbled(reason: str) -> Failure:
+def garbled(reason: str) -> Failure:
+    """An answer that makes no sense."""
     return Failure(
         ERROR, "garbled_answer", f"camera-agent's answer can't be understood: {reason}", "is it the agent's socket?"
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent.ctl import output
+from agent.ctl.arguments import name
 from agent.ctl.client import Client
 from agent.ctl.exits import ANSWERED, ATTENTION, ERROR, NO_SUCH_THING, TIMED_OUT, USAGE, Failure
 
@@ -22,9 +23,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     shown = actions.add_parser("show", help="all settings with their origins (without an action: this)")
     shown.add_argument("--changed", action="store_true", help="only those that are not the default")
     got = actions.add_parser("get", help="the value of one key, alone")
-    got.add_argument("key", metavar="KEY", help="such as telemetry.interval_s")
+    got.add_argument("key", type=name, metavar="KEY", help="such as telemetry.interval_s")
     explained = actions.add_parser("explain", help="one key: value, origin, default, unit, meaning")
-    explained.add_argument("key", metavar="KEY", help="such as telemetry.interval_s")
+    explained.add_argument("key", type=name, metavar="KEY", help="such as telemetry.interval_s")
     actions.add_parser("diff", help="what the cloud wants and is not in force; exit 10 when there is any")
     checked = actions.add_parser("check", help="whether a file would do as agent.toml; exit 2 when not")
     checked.add_argument("file", metavar="FILE")
@@ -37,11 +38,11 @@ def run(arguments: Namespace, client: Client) -> int:
         case "explain":
             return _explain(arguments, client)
         case "get":
-            return _get(arguments, client.get("/v1/config"))
+            return _get(arguments, client.get("/v1/config", effective=dict, shadow=dict))
         case "diff":
-            return _diff(arguments, client.get("/v1/config"))
+            return _diff(arguments, client.get("/v1/config", effective=dict, shadow=dict))
         case _:
-            return _show(arguments, client.get("/v1/config"))
+            return _show(arguments, client.get("/v1/config", effective=dict, shadow=dict))
 
 
 def differences(wanted: Json, in_force: Json) -> list[Json]:
@@ -121,7 +122,16 @@ def _get(arguments: Namespace, config: Json) -> int:
 def _explain(arguments: Namespace, client: Client) -> int:
     from urllib.parse import quote
 
-    reply = client.get(f"/v1/config/explain?key={quote(arguments.key, safe='')}")
+    try:
+        reply = client.get(f"/v1/config/explain?key={quote(arguments.key, safe='', errors='surrogateescape')}", key=str)
+    except Failure as failure:
+        if failure.code != "unknown_key":
+            raise
+        effective = client.get("/v1/config", effective=dict)["effective"]
+        table = {key: entry for key, entry in effective.items() if key.startswith(f"{arguments.key}.")}
+        if not table:
+            raise
+        return _explain_table(arguments, table)
     if arguments.json:
         output.show_json(reply)
         return ANSWERED
@@ -137,6 +147,16 @@ def _explain(arguments: Namespace, client: Client) -> int:
         rows.insert(1, [("overrides", "quiet"), f"{_value(layer.get('value'))} from {layer.get('origin')}"])
     head = output.clean(f"{reply.get('key', arguments.key)} = {_value(reply.get('value'))}")
     output.show([output.paint(head, "strong"), *output.table(rows, indent=2)])
+    return ANSWERED
+
+
+def _explain_table(arguments: Namespace, table: Json) -> int:
+    if arguments.json:
+        output.show_json({"key": arguments.key, "keys": list(table)})
+        return ANSWERED
+    rows: list[list[output.Cell]] = [[key, _value(entry.get("value"))] for key, entry in table.items()]
+    head = f"{output.paint(output.clean(arguments.key), 'strong')} is a table; its keys, to explain one of them:"
+    output.show([head, *output.table(rows, indent=2)])
     return ANSWERED
 
 
@@ -180,7 +200,10 @@ def _check(arguments: Namespace) -> int:
         raise Failure(TIMED_OUT, "no_answer", f"the check did not end within {CHECK_TIMEOUT_S} s") from None
     words = (done.stderr if done.returncode else done.stdout or done.stderr).strip()
     if not arguments.json:
-        print(words, file=sys.stderr if done.returncode else sys.stdout, flush=True)
+        if done.returncode:
+            output.say(words)
+        else:
+            output.show(words)
     elif done.returncode == 0:
         output.show_json({"file": arguments.file, "valid": True})
     else:

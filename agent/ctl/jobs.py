@@ -7,12 +7,18 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from agent.ctl import output
+from agent.ctl.arguments import name, seconds
 from agent.ctl.client import Client
 from agent.ctl.exits import ANSWERED, BAD, TIMED_OUT, Failure
 
 Json = dict[str, Any]
 
 RUNNING = "IN_PROGRESS"
+BY_THE_CLOUD = {
+    "CANCELED": "the cloud cancelled it",
+    "TIMED_OUT": "the cloud's time for it ran out",
+    "REMOVED": "the cloud has removed it",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,16 +27,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="how many [20]")
     shown = actions.add_parser("show", help="one job with its details")
     watched = actions.add_parser("watch", help="follow one job to its end; exit 11 unless it succeeds")
-    watched.add_argument("--timeout", type=float, metavar="S", help="give up after this time, exit 6 [never]")
+    watched.add_argument("--timeout", type=seconds, metavar="S", help="give up after this time, exit 6 [never]")
     cancelled = actions.add_parser("cancel", help="ask a running job to stop where it safely can")
     for command in (shown, watched, cancelled):
-        command.add_argument("id", metavar="ID", help="the job's id")
+        command.add_argument("id", type=name, metavar="ID", help="the job's id")
 
 
 def run(arguments: Namespace, client: Client) -> int:
     match arguments.action:
         case "show":
-            return _show(arguments, client.get(_path(arguments.id)))
+            return _show(arguments, client.get(_path(arguments.id), job=dict))
         case "watch":
             return _watch(arguments, client)
         case "cancel":
@@ -43,7 +49,7 @@ def run(arguments: Namespace, client: Client) -> int:
                 )
             return ANSWERED
         case _:
-            return _list(arguments, client.get(f"/v1/jobs?limit={getattr(arguments, 'limit', 20)}"))
+            return _list(arguments, client.get(f"/v1/jobs?limit={getattr(arguments, 'limit', 20)}", jobs=list))
 
 
 def outcome(job: Json) -> str:
@@ -71,18 +77,28 @@ def listing(jobs: list[Json]) -> list[str]:
     first, *rest = output.table(rows)
     lines = [first]
     for line, job in zip(rest, jobs, strict=True):
-        lines += [line, *(output.paragraph("", _why(job), 4) if _why(job) else [])]
+        lines += [line, *(output.paragraph("", story(job), 4) if story(job) else [])]
     return lines
 
 
 def _path(job_id: str) -> str:
     from urllib.parse import quote
 
-    return f"/v1/jobs/{quote(job_id, safe='')}"
+    return f"/v1/jobs/{quote(job_id, safe='', errors='surrogateescape')}"
 
 
-def _why(job: Json) -> str:
-    return str((job.get("details") or {}).get("message") or job.get("message") or "")
+def story(job: Json) -> str:
+    """What happened, or happens now, in words; empty when nothing is known. Where the cloud and this camera differ, both."""
+    message = str((job.get("details") or {}).get("message") or job.get("message") or "")
+    tail = f": {message}" if message else ""
+    status, ended_as = job.get("status"), job.get("superseded") or job.get("cancelled")
+    by = BY_THE_CLOUD.get(str(ended_as), f"the cloud ended it as {ended_as}")
+    if job.get("superseded"):
+        here = f"here it had ended as {status}{tail}" if status else "it had not begun here"
+        return f"{by}; {here}"
+    if job.get("cancelled") and not status:
+        return f"{by}; it stops where it safely can{tail}"
+    return message
 
 
 def _list(arguments: Namespace, reply: Json) -> int:
@@ -104,8 +120,8 @@ def _show(arguments: Namespace, reply: Json) -> int:
     received, ended = job.get("received_at"), job.get("ended_at")
     took = f", took {output.duration(ended - received)}" if received and ended else ""
     lines = [f"{output.clean(name_of(job))}: {output.paint(outcome(job), outcome_colour(job))}"]
-    if _why(job):
-        lines += output.paragraph("  ", _why(job), 0)
+    if story(job):
+        lines += output.paragraph("  ", story(job), 0)
     rows: list[list[output.Cell]] = [
         ["execution", str(job.get("execution_number", "-"))],
         ["received", output.moment(received)],
@@ -113,8 +129,6 @@ def _show(arguments: Namespace, reply: Json) -> int:
     ]
     if job.get("phase") == "ended":
         rows.append(["cloud", "has not taken the outcome yet"])
-    if job.get("superseded"):
-        rows.append(["cloud", f"ended it as {job['superseded']}; here it was {job.get('status') or 'stopped'}"])
     rows += [[str(key), str(value)] for key, value in (job.get("details") or {}).items() if key != "message"]
     output.show([*lines, "", *output.table([[(str(label), "quiet"), value] for label, value in rows])])
     return ANSWERED
@@ -124,8 +138,8 @@ def _watch(arguments: Namespace, client: Client) -> int:
     end = time.monotonic() + arguments.timeout if arguments.timeout is not None else None
     shown = None
     while True:
-        job = client.get(_path(arguments.id)).get("job", {})
-        now = (outcome(job), _why(job))
+        job = client.get(_path(arguments.id), job=dict)["job"]
+        now = (outcome(job), story(job))
         if now != shown:
             shown = now
             if arguments.json:

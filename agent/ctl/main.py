@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from agent.ctl import output
-from agent.ctl.client import Client, socket_file
+from agent.ctl.client import MALFORMED, Client, garbled, socket_file
 from agent.ctl.exits import ANSWERED, DAEMON_DOWN, ERROR, USAGE, Failure
 
 VERBS = {
@@ -34,8 +34,11 @@ class Parser(argparse.ArgumentParser):
         if "--json" in sys.argv[1:]:
             output.show_json({"error": {"code": "usage", "message": message, "hint": f"{self.prog} --help"}})
         else:
-            print(f"{self.prog}: {message}\n{self.format_usage().rstrip()}", file=sys.stderr)
+            output.say(f"{self.prog}: {message}\n{self.format_usage().rstrip()}")
         sys.exit(USAGE)
+
+    def print_help(self, file: Any = None) -> None:  # noqa: ARG002  the signature is argparse's
+        output.show(self.format_help().rstrip("\n"))
 
 
 def parser(verbs: Collection[str] = tuple(VERBS)) -> Parser:
@@ -71,18 +74,32 @@ def parser(verbs: Collection[str] = tuple(VERBS)) -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None:
+        output.show_error("can't write the output: standard output is closed", "")
+        return ERROR
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    arguments = parser([word for word in words if word in VERBS]).parse_args(words)
+    arguments: argparse.Namespace | None = None
     client: Client | None = None
     try:
+        arguments = parser([word for word in words if word in VERBS]).parse_args(words)
         # Doctor must get to say itself what is wrong with agent.toml.
         client = Client("" if arguments.verb == "doctor" else socket_file(arguments.socket, arguments.config))
-        status: int = import_module(f"agent.ctl.{arguments.verb}").run(arguments, client)
+        status: int = _run(arguments, client)
     except Failure as failure:
-        _show_failure(failure, arguments, client)
-        return failure.exit_code
+        return _show_failure(failure, arguments is not None and arguments.json, client)
     except KeyboardInterrupt:
         return ANSWERED if getattr(arguments, "watch", False) else ERROR
+    return status
+
+
+def _run(arguments: argparse.Namespace, client: Client) -> int:
+    """The verb's exit status. An answer that isn't built as it should be is a Failure like any other."""
+    try:
+        status: int = import_module(f"agent.ctl.{arguments.verb}").run(arguments, client)
+    except MALFORMED as error:
+        if not client.answered:
+            raise
+        raise garbled(f"{type(error).__name__}: {error}") from error
     return status
 
 
@@ -93,14 +110,20 @@ def _add_common(command: argparse.ArgumentParser, default: Any) -> None:
     common.add_argument("--config", metavar="FILE", default=default, help="agent.toml [$CAMERA_AGENT_CONFIG]")
 
 
-def _show_failure(failure: Failure, arguments: argparse.Namespace, client: Client | None) -> None:
-    if not arguments.json:
+def _show_failure(failure: Failure, as_json: bool, client: Client | None) -> int:
+    """Say it and return the exit status."""
+    if not as_json or failure.code == "output_failed":
         output.show_error(failure.message, failure.hint)
-        return
+        return failure.exit_code
     document: dict[str, Any] = {
         "error": {"code": failure.code, "message": failure.message, "hint": failure.hint},
     }
     last_known = client.last_known() if client and failure.exit_code == DAEMON_DOWN else None
     if last_known:
         document["last_known"] = last_known
-    output.show_json(document)
+    try:
+        output.show_json(document)
+    except Failure as second:
+        output.show_error(f"{failure.message}; {second.message}", failure.hint)
+        return ERROR
+    return failure.exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from agent.ctl import output
-from agent.ctl.client import Client
+from agent.ctl.client import Client, garbled
 from agent.ctl.exits import ANSWERED
 
 
@@ -15,7 +15,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace, client: Client) -> int:
     if arguments.json:
-        output.show_json(client.get("/v1/metrics"))
+        output.show_json(client.get("/v1/metrics", metrics=list))
     else:
-        output.show(client.text("/metrics").removesuffix("\n"))
+        text = client.text("/metrics").removesuffix("\n")
+        if not text.endswith("# EOF"):
+            raise garbled("it is not OpenMetrics text")
+        output.show(text)
     return ANSWERED

@@ -7,7 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from agent.ctl.exits import ERROR, Failure
 
 WIDTH = 80
 COLOURS = {"good": "32", "attention": "33", "bad": "31", "quiet": "2", "strong": "1"}
@@ -39,17 +41,36 @@ def show(lines: Iterable[str] | str) -> None:
 
 def show_json(document: dict[str, Any], *, line: bool = False) -> bool:
     """Print a JSON object, on one line when it is one of a stream; whether anybody still reads."""
-    return _write(json.dumps({"schema": 1, **document}, indent=None if line else 2, ensure_ascii=False))
+    text = json.dumps({"schema": 1, **document}, indent=None if line else 2, ensure_ascii=False)
+    return _write(text.encode(errors="backslashreplace").decode())
 
 
-def _write(text: str) -> bool:
-    """Print; a reader that has gone, as `head` does, must not change the exit status, so it is no error."""
+def show_frame(lines: Iterable[str]) -> None:
+    """Put `lines` in the place of what the terminal shows, without flicker and with few bytes for a slow line."""
+    _write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="")
+
+
+def _write(text: str, end: str = "\n") -> bool:
+    """Print; a reader that has gone, as `head` does, must not change the exit status, so it is no error.
+
+    Raises Failure when what was asked for can't be written.
+    """
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
         return False
+    except OSError as error:
+        _give_up(sys.stdout)
+        raise Failure(ERROR, "output_failed", f"can't write the output: {error.strerror or error}") from None
     return True
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let what the stream still holds go nowhere, or Python would complain about it at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def show_error(message: str, hint: str) -> None:
@@ -60,7 +81,17 @@ def show_error(message: str, hint: str) -> None:
         text += f": {hint}"
     elif hint:
         text += f"\n  {hint}"
-    print(text, file=sys.stderr, flush=True)
+    say(text)
+
+
+def say(text: str) -> None:
+    """Print on standard error, as far as there is one."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
 
 
 def table(rows: Sequence[Sequence[Cell]], indent: int = 0) -> list[str]:

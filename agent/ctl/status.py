@@ -7,12 +7,14 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from agent.ctl import output
-from agent.ctl.client import Client
+from agent.ctl.arguments import seconds
+from agent.ctl.client import MALFORMED, Client
 from agent.ctl.conditions import by_severity, describe_condition
 from agent.ctl.exits import ANSWERED, ATTENTION, BAD, DAEMON_DOWN, TIMED_OUT, Failure
 
 Json = dict[str, Any]
 
+PARTS: dict[str, type] = {"agent": dict, "health": dict, "cloud": dict}
 WORDS = {"healthy": "healthy", "degraded": "attention", "unhealthy": "bad"}
 COLOURS = {"healthy": "good", "degraded": "attention", "unhealthy": "bad"}
 CONFIG_COLOURS = {"rejected": "attention", "reverted": "attention", "trial": "strong"}
@@ -21,20 +23,22 @@ CONFIG_COLOURS = {"rejected": "attention", "reverted": "attention", "trial": "st
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="exit 10 when something needs attention, 11 when bad")
     parser.add_argument("--wait", choices=["online"], help="wait until the cloud is connected")
-    parser.add_argument("--timeout", type=float, default=60, metavar="S", help="how long --wait waits [60]")
+    parser.add_argument("--timeout", type=seconds, default=60, metavar="S", help="how long --wait waits [60]")
 
 
 def run(arguments: Namespace, client: Client) -> int:
     try:
-        status = _wait_online(client, arguments.timeout) if arguments.wait else client.get("/v1/status")
+        status = _wait_online(client, arguments.timeout) if arguments.wait else client.get("/v1/status", **PARTS)
     except Failure as failure:
         last_known = None if arguments.json or failure.code == "not_online" else client.last_known()
         if failure.exit_code not in (DAEMON_DOWN, TIMED_OUT) or last_known is None:
             raise
         output.show_error(failure.message, failure.hint)
-        ago = output.duration(last_known["age_s"])
-        output.show(["", f"Last known state, {ago} old ({output.moment(last_known['at'])}):", ""])
-        output.show(describe(last_known["status"], last_known["at"]))
+        try:
+            lines = describe_last_known(last_known, down=failure.exit_code == DAEMON_DOWN)
+        except MALFORMED:
+            lines = ["", "What it last wrote down about itself can't be read."]
+        output.show(lines)
         return failure.exit_code
     if arguments.json:
         output.show_json(status)
@@ -46,6 +50,18 @@ def run(arguments: Namespace, client: Client) -> int:
 def exit_code(status: Json) -> int:
     """0, 10 or 11 for a status that was answered."""
     return {"healthy": ANSWERED, "degraded": ATTENTION}.get(status.get("health", {}).get("state"), BAD)
+
+
+def describe_last_known(last_known: Json, *, down: bool) -> list[str]:
+    """The kept state as lines for a person; where the daemon is `down`, how it ended too, as far as it's known."""
+    status, at = last_known["status"], last_known["at"]
+    lines = [""]
+    if down and status.get("running") is False:
+        lines.append(f"It was stopped in good order at {output.moment(at)}.")
+    elif down and status.get("running"):
+        lines.append("It did not stop by itself: it was killed or crashed, or the power was cut.")
+    ago = output.duration(last_known["age_s"])
+    return [*lines, f"Last known state, {ago} old ({output.moment(at)}):", "", *describe(status, at)]
 
 
 def describe(status: Json, now: float) -> list[str]:
@@ -120,18 +136,18 @@ def _updates(targets: Json) -> list[list[output.Cell]]:
 
 
 def _jobs(jobs: Json, now: float) -> list[list[output.Cell]]:
-    from agent.ctl.jobs import name_of, outcome, outcome_colour
+    from agent.ctl.jobs import name_of, outcome, outcome_colour, story
 
     rows: list[list[output.Cell]] = []
     current, last = jobs.get("current"), jobs.get("last")
     if current:
         began = current.get("received_at")
         lasting = f", for {output.duration(now - began)}" if began else ""
-        doing = f": {current['message']}" if current.get("message") else ""
-        rows.append(["", ("running", "strong"), f"{name_of(current)}{lasting}{doing}"])
+        doing = story(current)
+        rows.append(["", ("running", "strong"), f"{name_of(current)}{lasting}{': ' if doing else ''}{doing}"])
     if last:
         at = f" at {output.moment(last['ended_at'])}" if last.get("ended_at") else ""
-        why = last.get("details", {}).get("message") or last.get("message") or ""
+        why = story(last)
         rows.append(["", (outcome(last), outcome_colour(last)), f"{name_of(last)}{at}{': ' if why else ''}{why}"])
     rows = rows or [["", "none", "no job has arrived yet"]]
     rows[0][0] = "Jobs"
@@ -158,14 +174,20 @@ def _agent(agent: Json) -> list[output.Cell]:
 
 
 def _wait_online(client: Client, timeout_s: float) -> Json:
-    """Ask every second until the cloud is connected. Raises Failure at the end of the time."""
+    """Ask every second until the cloud is connected. Raises Failure at the end of the time, which is a second at least."""
     end = time.monotonic() + timeout_s
+    patience_s = client.timeout_s
     while True:
+        client.timeout_s = min(patience_s, max(end - time.monotonic(), 1.0))
         seen = "camera-agent is not running"
         try:
-            status = client.get("/v1/status")
+            status = client.get("/v1/status", **PARTS)
         except Failure as failure:
-            if failure.exit_code not in (DAEMON_DOWN, TIMED_OUT):
+            if failure.exit_code == TIMED_OUT:
+                seen = "camera-agent does not answer"
+            elif failure.code == "busy":
+                seen = failure.message
+            elif failure.exit_code != DAEMON_DOWN:
                 raise
         else:
             cloud = status.get("cloud", {})

@@ -19,8 +19,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace, client: Client) -> int:
-    targets = client.get("/v1/status").get("updates", {})
-    latest = [job for job in client.get("/v1/jobs?limit=50").get("jobs", []) if job.get("operation") == "update"][:5]
+    targets = client.get("/v1/status", updates=dict)["updates"]
+    latest = [job for job in client.get("/v1/jobs?limit=50", jobs=list)["jobs"] if job.get("operation") == "update"][:5]
     if arguments.json:
         output.show_json({"targets": targets, "jobs": latest})
         return ANSWERED

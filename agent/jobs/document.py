@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -15,6 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from agent.errors import RefusedError
 
 MAX_DOCUMENT_BYTES = 32768
+MAX_DEPTH = 32
+MAX_INTEGER = 2**63 - 1
+MAX_PROBLEMS = 8
 PLACEHOLDER = "${aws:iot:"
 
 
@@ -150,23 +154,26 @@ def parse(document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """The operation a document asks for, and the document in our own form. Raises RefusedError."""
     if not isinstance(document, Mapping):
         raise RefusedError("bad_document", "the job has no document that is a JSON object", "mend the job document")
+    _check_json(document)
     if len(json.dumps(document)) > MAX_DOCUMENT_BYTES:
         raise RefusedError("bad_document", f"the document is larger than {MAX_DOCUMENT_BYTES} bytes", "make it smaller")
     operation, normal = _operation(document)
     model = DOCUMENTS.get(operation)
     if model is None:
         known = ", ".join(sorted(DOCUMENTS))
-        raise RefusedError("unknown_operation", f"operation: {operation!r} is not known here", f"use one of {known}")
+        raise RefusedError(
+            "unknown_operation", f"operation: {operation!r:.80} is not known here", f"use one of {known}"
+        )
     try:
         parsed = model.model_validate(normal)
     except ValidationError as error:
-        raise RefusedError("bad_document", "; ".join(_explain(error)), "mend the job document") from None
+        raise RefusedError("bad_document", _explain(error), "mend the job document") from None
     result = parsed.model_dump()
     for where, text in _texts(result):
         if PLACEHOLDER in text:
             raise RefusedError(
                 "placeholder_unresolved",
-                f"{where}: AWS did not replace {text:.120}",
+                f"{where}: AWS did not replace {_shown(text)}",
                 "check the job's presignedUrlConfig, its role and that the object exists",
             )
     return operation, result
@@ -194,18 +201,67 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _check_json(document: Mapping[str, Any]) -> None:
+    """Refuse what no JSON parser, store or program could take, before anything looks into it. Walks without recursion."""
+    pending: list[tuple[str, int, Any]] = [("", 1, document)]
+    while pending:
+        place, depth, value = pending.pop()
+        words = (
+            f"nested deeper than {MAX_DEPTH} levels"
+            if depth > MAX_DEPTH and isinstance(value, (Mapping, list))
+            else _unusable(value)
+        )
+        if words:
+            place = _shown(place.lstrip(".")) or "the document"
+            raise RefusedError("bad_document", f"{place}: {words}", "mend the job document")
+        if isinstance(value, Mapping):
+            for key, below in value.items():
+                if not isinstance(key, str) or _unusable(key):
+                    here = f"{place}.{key}" if isinstance(key, str) else f"{place}.{key!r:.40}"
+                    words = _unusable(key) if isinstance(key, str) else "is not text"
+                    raise RefusedError(
+                        "bad_document", f"{_shown(here.lstrip('.'))}: the key {words}", "mend the job document"
+                    )
+                pending.append((f"{place}.{key}", depth + 1, below))
+        elif isinstance(value, list):
+            pending += [(f"{place}[{index}]", depth + 1, below) for index, below in enumerate(value)]
+
+
+def _unusable(value: Any) -> str:
+    if isinstance(value, str):
+        if "\0" in value:
+            return "holds a NUL character"
+        return "is not valid Unicode text" if any("\ud800" <= c <= "\udfff" for c in value) else ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "is not a finite number"
+    if isinstance(value, int):
+        return "" if abs(value) <= MAX_INTEGER else "is an integer of more than 64 bits"
+    return "" if value is None or isinstance(value, (Mapping, list)) else f"is no JSON value ({type(value).__name__})"
+
+
+def _shown(text: str) -> str:
+    """`text`, cut short, with what can't be printed as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:120])
+
+
+def _explain(error: ValidationError) -> str:
+    problems = list(_problems(error))
+    more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    return "; ".join(problems[:MAX_PROBLEMS]) + more
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
     for detail in error.errors(include_url=False):
         path = ".".join(str(part) for part in detail["loc"] if not str(part).endswith("Input")) or "document"
         words = {"extra_forbidden": "unknown key", "missing": "missing"}.get(
             detail["type"], detail["msg"].removeprefix("Value error, ")
         )
-        yield f"{path}: {words}"
+        yield f"{_shown(path)}: {words}"
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
-        yield path.lstrip("."), value
+        yield _shown(path.lstrip(".")), value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _texts(item, f"{path}.{key}")

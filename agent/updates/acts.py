@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent.errors import AgentError, FailedError
+from agent.host.threads import to_end
 from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.store import Store
@@ -22,7 +23,6 @@ from agent.updates.installers import Installer
 from agent.updates.manifest import digest_of, parse_envelope, parse_manifest
 from agent.updates.preflight import bytes_on_disk, check_fit, check_space, discard_others, envelope_of, restart_target
 from agent.updates.states import Outcome, State
-from agent.updates.threads import to_end
 from agent.updates.trust import Installed
 
 log = get_logger("updates")
@@ -87,6 +87,7 @@ class Acts:
         self._envelope = envelope_of(job.document)
         self.manifest = parse_manifest(parse_envelope(self._envelope).payload)
         self.facts: dict[str, Any] = {}
+        self._told_wait = float("-inf")
 
     async def verify(self) -> Outcome:
         """Signatures, floors, versions and fit. Raises RefusedError or AlreadyInstalled."""
@@ -171,7 +172,23 @@ class Acts:
         if await to_end(self._installer.probe, self.manifest.sha256) in ("absent", "partial"):
             artifact = self._around.downloads_dir / self.manifest.sha256
             await to_end(self._installer.install, artifact, self.manifest)
+        await self._around.gate.settled(self.tell_wait)
         return Outcome.DONE
+
+    async def tell_wait(self, words: str) -> None:
+        """Say in the status what the switch waits for, and to the cloud now and then."""
+        self._on_state(State.INSTALLING, f"{self.manifest.name} {self.manifest.version}: {words}")
+        if time.monotonic() - self._told_wait >= PROGRESS_EVERY_S:
+            self._told_wait = time.monotonic()
+            await self._job.save(copy.deepcopy(self._progress), words)
+
+    async def note_what_runs(self) -> None:
+        """Keep in the record what there is before the switch, for the trial and for going back."""
+        target = self._target
+        baseline = await self._around.gate.baseline(probe=target.probe, unit=target.unit, on_wait=self.tell_wait)
+        link, before = await to_end(self._installer.running)
+        version = before.version if before else ""
+        self._progress.update({"from": link, "from_version": version, "baseline": baseline, "boots": 0})
 
     async def arm(self) -> Outcome:
         await to_end(self._installer.arm, self.manifest.sha256)

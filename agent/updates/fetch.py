@@ -7,24 +7,20 @@ strings of URLs are credentials and never appear in errors or logs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import hashlib
-import json
-import os
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from agent.errors import CloudError, FailedError, RefusedError
-from agent.host.files import fsync_folder, write_atomic
 from agent.logs import get_logger, redact
-from agent.updates.manifest import digest_of
+from agent.updates.addresses import is_usable, redirected
+from agent.updates.part import Part
 from agent.updates.threads import to_end
 
 if TYPE_CHECKING:
@@ -32,7 +28,11 @@ if TYPE_CHECKING:
 
 log = get_logger("updates")
 
-CONTENT_RANGE = re.compile(r"^bytes (\d+)-(\d+)/(\d+)$")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+LENGTH = re.compile(r"[0-9]{1,18}")
+STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MAX_REDIRECTS = 5
 EXPIRED = frozenset({400, 401, 403, 410})
 """Answers of object stores to a signed URL whose time is over."""
 LATER = frozenset({408, 425, 429})
@@ -41,7 +41,7 @@ READ_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """How patient a download is."""
+    """How patient a download is, and the way it takes."""
 
     chunk_bytes: int = 4 * 2**20
     """Bytes between two fsyncs; the most that a power cut costs."""
@@ -54,7 +54,11 @@ class Limits:
     """Waits between attempts double, with jitter, from the first to the longest, and start again after progress."""
     fresh_urls: int = 3
     """How often in a row new URLs are asked for without a byte of progress."""
+    senseless_answers: int = 3
+    """Answers in a row that are not what HTTP allows, or that redirect to where nobody may be sent, until a URL is given up."""
     connect_s: float = 30
+    proxy_url: str = field(default="", repr=False)
+    """HTTP proxy, `http://[user:password@]host:port`. Empty: none."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -68,6 +72,10 @@ class _Expired(Exception):  # noqa: N818
     """The URL is not valid any more."""
 
 
+class _Senseless(Exception):  # noqa: N818
+    """The server's answer can't be used; a few of them in a row, and the URL is useless."""
+
+
 class _Useless(Exception):  # noqa: N818
     """The URL does not serve the artifact."""
 
@@ -79,12 +87,7 @@ class _Useless(Exception):  # noqa: N818
 def check_urls(urls: Sequence[str]) -> None:
     """Raises RefusedError url_invalid unless every URL is http or https with a host."""
     for url in urls:
-        try:
-            parts = urlsplit(url)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable() and " " not in url
-        except ValueError:
-            usable = False
-        if not usable:
+        if not is_usable(url):
             raise RefusedError(
                 "url_invalid",
                 f"{url.split('?')[0]:.80} is not an http or https URL",
@@ -102,18 +105,20 @@ async def fetch(
     fresh_urls: Callable[[], Awaitable[Sequence[str]]],
     limits: Limits = DEFAULT_LIMITS,
     on_progress: Callable[[int], None] = lambda _: None,
+    on_wait: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """The file `<folder>/<sha256>`, with that digest and `size` bytes, fsynced.
 
     Tries the URLs in turn until `patience_s` is over; `fresh_urls` is asked for new ones when they have expired.
-    `on_progress` gets the bytes that are safe on disk. Raises FailedError: download_timeout, download_refused,
-    download_wrong_size, download_too_large, digest_mismatch, disk_full, disk_failed.
+    `on_progress` gets the bytes that are safe on disk; `on_wait` a sentence, before each wait, that says how far it is
+    and what went wrong. Raises FailedError: download_timeout, download_refused, download_failed, download_wrong_size,
+    download_too_large, digest_mismatch, disk_full, disk_failed.
     """
-    part = _Part(folder, sha256, size)
+    part = Part(folder, sha256, size)
     try:
         if await to_end(part.complete):
             return part.finished
-        download = _Download(part, limits, time.monotonic() + patience_s, fresh_urls, on_progress)
+        download = _Download(part, limits, time.monotonic() + patience_s, fresh_urls, on_progress, on_wait)
         for attempt in (1, 2):
             await download.run(urls)
             if await to_end(part.finish):
@@ -135,97 +140,26 @@ async def fetch(
     )
 
 
-class _Part:
-    """The part file with its sidecar; every method blocks."""
-
-    def __init__(self, folder: Path, sha256: str, size: int) -> None:
-        self.size = size
-        self.etag = ""
-        self.offset = 0
-        """Bytes on disk, fsynced and hashed."""
-        self.finished = folder / sha256
-        self._sha256 = sha256
-        self._path = folder / f"{sha256}.part"
-        self._sidecar = folder / f"{sha256}.json"
-        self._digest = hashlib.sha256()
-        self._file: int | None = None
-
-    def complete(self) -> bool:
-        """Whether the finished file is there and right; otherwise the part file is opened where it can go on."""
-        self.finished.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self.finished.exists():
-            if digest_of(self.finished) == self._sha256:
-                return True
-            self.finished.unlink()
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(self._sidecar.read_bytes())
-            if kept["size"] == self.size and 0 <= kept["verified_offset"] <= os.fstat(self._file).st_size:
-                self.etag, self.offset = str(kept["etag"]), int(kept["verified_offset"])
-        position = 0
-        while position < self.offset:
-            data = os.pread(self._file, min(2**20, self.offset - position), position)
-            self._digest.update(data)
-            position += len(data)
-        os.ftruncate(self._file, self.offset)
-        return False
-
-    def append(self, data: bytearray) -> None:
-        """Write, fsync, and only then count the bytes."""
-        assert self._file is not None
-        view = memoryview(data)
-        position = self.offset
-        while view:
-            written = os.pwrite(self._file, view, position)
-            view, position = view[written:], position + written
-        os.fsync(self._file)
-        self._digest.update(data)
-        self.offset = position
-        self._note()
-
-    def start_over(self, etag: str) -> None:
-        """Forget all bytes."""
-        assert self._file is not None
-        self.etag, self.offset, self._digest = etag, 0, hashlib.sha256()
-        self._note()
-        os.ftruncate(self._file, 0)
-
-    def finish(self) -> bool:
-        """Give the part file its final name when its digest is right, else throw its bytes away."""
-        if self.offset != self.size or self._digest.hexdigest() != self._sha256:
-            self.start_over("")
-            return False
-        self._path.rename(self.finished)
-        self._sidecar.unlink(missing_ok=True)
-        fsync_folder(self.finished.parent)
-        return True
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _note(self) -> None:
-        record = {"etag": self.etag, "size": self.size, "verified_offset": self.offset}
-        write_atomic(self._sidecar, json.dumps(record).encode())
-
-
 class _Download:
     """Attempts, waits and URLs until the part file has all its bytes."""
 
     def __init__(
         self,
-        part: _Part,
+        part: Part,
         limits: Limits,
         deadline: float,
         fresh_urls: Callable[[], Awaitable[Sequence[str]]],
         on_progress: Callable[[int], None],
+        on_wait: Callable[[str], None],
     ) -> None:
         self._part = part
         self._limits = limits
         self._deadline = deadline
         self._ask = fresh_urls
         self._on_progress = on_progress
+        self._on_wait = on_wait
+        self._furthest = part.offset
+        self._senseless: dict[str, int] = {}
         self._asked = 0
         self._wait = limits.first_wait_s
         self._why = "nothing was tried"
@@ -234,7 +168,7 @@ class _Download:
         """Returns when all bytes are on disk. Raises FailedError."""
         import aiohttp
 
-        current, useless = list(urls), dict[str, _Useless]()
+        current, useless, expired = list(urls), dict[str, _Useless](), False
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_s),
             auto_decompress=False,
@@ -242,24 +176,44 @@ class _Download:
         ) as session:
             while self._part.offset < self._part.size:
                 if not current:
-                    current = [url for url in await self._fresh_urls(list(useless.values())) if url not in useless]
+                    gone = [] if expired else list(useless.values())
+                    current = [url for url in await self._fresh_urls(gone) if url not in useless]
+                    expired = False
                     continue
                 url, before = current[0], self._part.offset
                 try:
                     await self._attempt(session, url)
                     continue
-                except _Expired as expired:
+                except _Expired as verdict:
                     current.remove(url)
-                    self._why = str(expired)
+                    expired = True
+                    self._why = str(verdict)
                 except _Useless as verdict:
                     current.remove(url)
                     useless[url] = verdict
                     self._why = str(verdict)
+                except _Senseless as answer:
+                    self._why = str(answer)
+                    if self._count(url) < self._limits.senseless_answers:
+                        current.append(current.pop(0))
+                        await self._pause(progress=0)
+                    else:
+                        current.remove(url)
+                        useless[url] = _Useless("download_failed", self._why)
                 except _Broken as broken:
+                    self._senseless.pop(url, None)
                     current.append(current.pop(0))
                     self._why = str(broken)
                     await self._pause(progress=self._part.offset - before)
                 log.info("download interrupted", why=self._why, bytes=self._part.offset, size=self._part.size)
+
+    def _count(self, url: str) -> int:
+        """How many senseless answers in a row `url` has given, without a byte that was not there before."""
+        if self._part.offset > self._furthest:
+            self._furthest = self._part.offset
+            self._senseless.clear()
+        self._senseless[url] = self._senseless.get(url, 0) + 1
+        return self._senseless[url]
 
     async def _fresh_urls(self, useless: list[_Useless]) -> Sequence[str]:
         if useless:
@@ -296,6 +250,7 @@ class _Download:
                 f"{self._part.offset} of {self._part.size} bytes came in the time there was; last: {self._why}",
                 "check the camera's link, then start the job again: it goes on where it stopped",
             )
+        self._on_wait(f"downloading, {_amount(self._part.offset, self._part.size)}; waiting after: {self._why}")
         await asyncio.sleep(min(left, self._wait * random.uniform(0.5, 1.0)))  # noqa: S311  jitter, no secret
         self._wait = min(self._limits.longest_wait_s, self._wait * 2)
 
@@ -303,27 +258,50 @@ class _Download:
         """One request. Raises _Broken, _Expired or _Useless; the bytes that came are kept."""
         import aiohttp
 
-        host = urlsplit(url).hostname
+        host = str(urlsplit(url).hostname)
         failure = ""
         try:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())) as patience:
-                headers = {"Accept-Encoding": "identity"}
-                if self._part.offset:
-                    headers["Range"] = f"bytes={self._part.offset}-"
-                    if self._part.etag:
-                        headers["If-Range"] = self._part.etag
-                waiting = asyncio.timeout(self._limits.connect_s + self._limits.slow_for_s)
-                async with waiting:
-                    response = await session.get(url, headers=headers)
+                async with asyncio.timeout(self._limits.connect_s + self._limits.slow_for_s):
+                    response = await self._ask_for(session, url)
                 async with response:
-                    await self._check_answer(response, str(host))
+                    await self._check_answer(response, str(response.url.host or host))
                     await self._receive(response)
         except TimeoutError:
             failure = "no time left" if patience.expired() else "no answer"
+        except aiohttp.ClientHttpProxyError as error:
+            failure = f"the proxy answered HTTP {error.status}"
+        except aiohttp.InvalidURL:
+            raise _Senseless(f"{host}: the URL can't be asked for") from None
+        except (aiohttp.ClientResponseError, aiohttp.http_exceptions.HttpProcessingError) as error:
+            raise _Senseless(f"{host} does not speak HTTP: {_first_line(error.message)}") from None
         except (aiohttp.ClientError, ConnectionError) as error:
-            failure = f"{type(error).__name__}: {redact(str(error))}".replace(url, str(host))
+            words = " ".join(redact(str(error)).replace(url, host).split())
+            failure = f"{type(error).__name__}: {words:.200}"
         if failure:
             raise _Broken(f"{host}: {failure}")
+
+    async def _ask_for(self, session: aiohttp.ClientSession, url: str) -> aiohttp.ClientResponse:
+        """The answer to a request for what is missing, after redirects. Raises _Senseless and aiohttp's errors."""
+        headers = {"Accept-Encoding": "identity"}
+        if self._part.offset:
+            headers["Range"] = f"bytes={self._part.offset}-"
+            if self._part.etag:
+                headers["If-Range"] = self._part.etag
+        proxy = self._limits.proxy_url or None
+        for _ in range(MAX_REDIRECTS + 1):
+            try:
+                response = await session.get(url, headers=headers, allow_redirects=False, proxy=proxy)
+            except UnicodeError:
+                raise _Senseless("the URL names no host that can be") from None
+            if response.status not in REDIRECTS:
+                return response
+            response.close()
+            try:
+                url = redirected(url, response.headers.get("Location", ""))
+            except ValueError as refusal:
+                raise _Senseless(f"{urlsplit(url).hostname} {refusal}") from None
+        raise _Senseless(f"{urlsplit(url).hostname} redirects more than {MAX_REDIRECTS} times")
 
     async def _check_answer(self, response: aiohttp.ClientResponse, host: str) -> None:
         """Compare status and headers with what was asked for; start over where the server does."""
@@ -338,17 +316,20 @@ class _Download:
         if status not in (200, 206):
             raise _Useless("download_refused", f"{host} answered HTTP {status}")
         if status == 206:
-            match = CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+            match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             start, end, total = (int(number) for number in match.groups()) if match else (-1, -1, -1)
             if start != part.offset or not start <= end < total:
                 await to_end(part.start_over, "")
-                raise _Broken(f"{host} answered with another range than asked for")
+                raise _Senseless(f"{host} answered with another range than asked for")
         else:
-            total = int(response.headers.get("Content-Length", part.size))
+            length = response.headers.get("Content-Length", str(part.size))
+            if not LENGTH.fullmatch(length):
+                raise _Senseless(f"{host} answered with a length that is none")
+            total = int(length)
             if part.offset:
                 log.info("the server starts over", host=host, bytes_lost=part.offset)
             etag = response.headers.get("ETag", "")
-            await to_end(part.start_over, "" if etag.startswith("W/") else etag)
+            await to_end(part.start_over, etag if STRONG_ETAG.fullmatch(etag) else "")
         if total != part.size:
             code = "download_too_large" if total > part.size else "download_wrong_size"
             await to_end(part.start_over, "")
@@ -392,3 +373,12 @@ class _Download:
     async def _keep(self, buffer: bytearray) -> None:
         await to_end(self._part.append, buffer)
         self._on_progress(self._part.offset)
+
+
+def _first_line(words: str) -> str:
+    return redact(words.strip().split("\n")[0].rstrip(": ")[:120])
+
+
+def _amount(done: int, size: int) -> str:
+    unit, name = (1, "bytes") if size < 10_000 else (1000, "kB") if size < 10_000_000 else (10**6, "MB")
+    return f"{done // unit} of {size // unit} {name}"

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 from agent.errors import AgentError, FailedError, RefusedError, StoreError
 from agent.host.clock import boot_id
+from agent.host.threads import to_end
 from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.updates import records
 from agent.updates.acts import Acts, AlreadyInstalled, Job, Surroundings
 from agent.updates.installers import Installer
 from agent.updates.states import FINAL, UNTOUCHED, Outcome, Seen, Slot, State, following, rebuild, resume
-from agent.updates.threads import to_end
 
 T = TypeVar("T")
 log = get_logger("updates")
@@ -135,6 +135,8 @@ class Flow:
     async def _enter(self, state: State) -> None:
         """Make `state` durable with what its act needs; only then the act may begin."""
         progress = self._progress
+        if state is State.ARMED and "baseline" not in progress:
+            await self._acts.note_what_runs()
         progress["schema"], progress["state"] = 1, str(state)
         attempts = progress.setdefault("attempts", {})
         attempts[state] = attempts.get(state, 0) + 1
@@ -145,11 +147,6 @@ class Flow:
             progress.pop("reason", None)
         if state in (State.ROLLING_BACK, State.FAILED) and "reason" not in progress:
             self._acts.reason("interrupted", "the update began again too often")
-        if state is State.ARMED and "baseline" not in progress:
-            progress["from"], before = await to_end(self._installer.running)
-            progress["from_version"] = before.version if before else ""
-            progress["baseline"] = await self._around.gate.baseline(probe=self._target.probe, unit=self._target.unit)
-            progress["boots"] = 0
         if state is State.RESTARTING:
             progress["boot_id"] = self._boot
         if state is State.TRIAL:
@@ -187,7 +184,7 @@ class Flow:
                 outcome = await self._unless_cancelled(acts[state]())
             else:
                 outcome = await acts[state]()
-        except (RefusedError, StoreError):
+        except (AlreadyInstalled, RefusedError, StoreError):
             raise
         except AgentError as error:
             self._failed(state, error.code, error.message, error.hint)

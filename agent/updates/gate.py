@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ log = get_logger("gate")
 
 LONGEST_GAP_S = 40.0
 PROBE_TIMEOUT_S = 30.0
+WAIT_LOOK_S = 0.5
 MAX_UNIT_RESTARTS = 3
 
 
@@ -42,7 +43,10 @@ class Units(Protocol):
 
 
 class Comparison(Protocol):
-    """The images since a change against those before: `waiting` means not enough seen yet to say."""
+    """The images since a change against those before: `waiting` means not enough seen yet to say.
+
+    `judged` is by what: pictures, partly (not of all sources), rate, nothing.
+    """
 
     @property
     def assessed(self) -> int: ...
@@ -52,11 +56,17 @@ class Comparison(Protocol):
     def waiting(self) -> bool: ...
     @property
     def reasons(self) -> Sequence[str]: ...
+    @property
+    def judged(self) -> str: ...
 
 
 class Capture(Protocol):
-    """How the images are doing; `since` is the monotonic time of the change in seconds."""
+    """How the images are doing; `since` is the monotonic time of the change in seconds.
 
+    `lacking` says what a reference would lack that is worth waiting for, "" when nothing; it ends the wait itself.
+    """
+
+    def lacking(self) -> str: ...
     def reference(self) -> dict[str, Any]: ...
     def compare(self, reference: dict[str, Any], since: float) -> Comparison: ...
 
@@ -66,7 +76,7 @@ class Check:
     """One thing seen: `ok` is None while it can't be said.
 
     `code` is the reason code of a change that fails by it. `harmful_after_s` is how long it must fail without a break
-    to end the trial early; None: only the deadline does.
+    to end the trial early; None: only the deadline does. `held_as` are the words for the end, where the name says too much.
     """
 
     name: str
@@ -74,6 +84,7 @@ class Check:
     reason: str = ""
     code: str = "deadline"
     harmful_after_s: float | None = None
+    held_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,8 +123,9 @@ def judge(seen: Seen, checks: Sequence[Check], now: float, terms: Terms) -> tupl
     bad_since = {check.name: seen.bad_since.get(check.name, now) for check in checks if check.ok is False}
     seen = replace(seen, at=now, good_since=good_since, bad_since=bad_since)
     if good_since is not None and now - good_since >= terms.stable_for_s and now <= terms.started + terms.deadline_s:
-        held = ", ".join(check.name for check in checks) or "nothing to look at"
-        return seen, Verdict(True, reasons=(f"held for {terms.stable_for_s:g} s: {held}",))
+        held = ", ".join(check.name for check in checks if not check.held_as) or "nothing to look at"
+        words = "; ".join([held, *(check.held_as for check in checks if check.held_as)])
+        return seen, Verdict(True, reasons=(f"held for {terms.stable_for_s:g} s: {words}",))
     bad = [check for check in checks if check.ok is False]
     for check in bad:
         if check.harmful_after_s is not None and now - bad_since[check.name] >= check.harmful_after_s:
@@ -130,6 +142,10 @@ def harmful_after_s(stable_for_s: float) -> float:
     return min(60.0, max(10.0, stable_for_s / 2))
 
 
+async def _log_only(words: str) -> None:
+    log.info(words)
+
+
 class Gate:
     """Looks at the unit, the probe, the images and the cloud around a change."""
 
@@ -138,8 +154,27 @@ class Gate:
         self._capture = capture
         self._cloud_ok = cloud_ok
 
-    async def baseline(self, *, probe: Sequence[str] | None = None, unit: str = "") -> dict[str, Any]:
-        """How things are just before a change, as JSON for `watch`."""
+    async def settled(self, on_wait: Callable[[str], Awaitable[None]] = _log_only) -> None:
+        """Wait until there is a reference of the images, or it is plain that there will be none soon.
+
+        `on_wait` gets the words whenever they change.
+        """
+        told = ""
+        while self._capture and (lacking := self._capture.lacking()):
+            if lacking != told:
+                told = lacking
+                await on_wait(f"watching the images before the change: {lacking}")
+            await asyncio.sleep(WAIT_LOOK_S)
+
+    async def baseline(
+        self,
+        *,
+        probe: Sequence[str] | None = None,
+        unit: str = "",
+        on_wait: Callable[[str], Awaitable[None]] = _log_only,
+    ) -> dict[str, Any]:
+        """How things are just before a change, as JSON for `watch`; waits for a reference of the images, see `settled`."""
+        await self.settled(on_wait)
         return {
             "capture": self._capture.reference() if self._capture else None,
             "cloud": self._cloud_ok(),
@@ -211,7 +246,16 @@ class Gate:
             return Check(
                 "images", None, words or f"{seen.assessed} images seen since, more are awaited", "capture_worse"
             )
-        return Check("images", seen.ok, words, "capture_worse", harmful_after_s(stable_for_s))
+        held_as = _held_as(seen.judged, words)
+        return Check("images", seen.ok, words, "capture_worse", harmful_after_s(stable_for_s), held_as)
+
+
+def _held_as(judged: str, words: str) -> str:
+    """What may be claimed of images that were well; "" when all were judged by their pictures."""
+    if judged == "pictures":
+        return ""
+    claim = {"partly": "images judged in part", "rate": "images judged by rate only"}.get(judged, "images not judged")
+    return f"{claim}: {words}"
 
 
 class _Restarts:

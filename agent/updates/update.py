@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import AgentError, FailedError, RefusedError
+from agent.host.threads import to_end
 from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.store import Store
@@ -21,7 +22,6 @@ from agent.updates.installers.app import App
 from agent.updates.manifest import parse_envelope, parse_manifest
 from agent.updates.preflight import envelope_of
 from agent.updates.states import FINAL, FORWARD, State
-from agent.updates.threads import to_end
 
 log = get_logger("updates")
 

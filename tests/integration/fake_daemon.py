@@ -189,12 +189,18 @@ async def _serve(runtime_dir: Path, state_file: Path) -> None:
     agent = FileAgent(state_file)
     server = Server(agent, runtime_dir / "api.sock")
     await server.open()
-    (runtime_dir / "status.json").write_text(json.dumps({"schema": 1, **await agent.status()}))
+
+    async def keep(*, running: bool) -> None:
+        kept = {"schema": 1, **await agent.status(), "at": time.time(), "running": running}
+        (runtime_dir / "status.json").write_text(json.dumps(kept))
+
+    await keep(running=True)
     task = asyncio.create_task(server.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     print("listening", time.time(), flush=True)
     with contextlib.suppress(asyncio.CancelledError):
         await task
+    await keep(running=False)
 
 
 if __name__ == "__main__":

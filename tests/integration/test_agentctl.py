@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -220,6 +221,7 @@ def test_waiting_for_online_ends_when_it_is(camera: Camera):
 
 def test_waiting_for_online_times_out_with_the_reason(camera: Camera):
     make_sick(camera)
+    camera.run("status")  # the first client waits for the daemon's imports
     done = camera.run("status", "--wait", "online", "--timeout", "0.1")
     assert done.returncode == 6
     assert "can't be resolved" in done.stderr
@@ -238,6 +240,8 @@ def test_the_last_known_state_outlives_the_daemon(camera: Camera, number: int):
     assert done.returncode == 3
     assert done.stderr.startswith("agentctl: camera-agent is not running")
     assert "Last known state, 10 min old" in done.stdout
+    ends = ("It was stopped in good order at ", "It did not stop by itself: it was killed")
+    assert [end in done.stdout for end in ends] == [number == signal.SIGTERM, number == signal.SIGKILL]
     assert "cam-0412: healthy" in done.stdout
     code, document = camera.json("status")
     assert code == 3
@@ -246,6 +250,29 @@ def test_the_last_known_state_outlives_the_daemon(camera: Camera, number: int):
     assert camera.json("capture")[1]["last_known"]["at"] == pytest.approx(past, abs=1)
     camera.start()
     assert camera.run("status").returncode == 0
+
+
+@pytest.mark.parametrize("kept", ['{"health": [], "cloud": 1}', "[" * 100_000, '{"agent"', "{}"])
+def test_a_strange_last_known_state_does_not_change_the_exit_status(down: Camera, kept: str):
+    (down.folder / "status.json").write_text(kept)
+    done = down.run("status")
+    assert (done.returncode, "Traceback" in done.stderr) == (3, False)
+    assert down.json("status")[0] == 3
+
+
+def test_a_daemon_that_hangs_does_not_answer_in_time(camera: Camera):
+    camera.run("status")
+    assert camera.daemon
+    camera.daemon.send_signal(signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        done = camera.run("status", "--wait", "online", "--timeout", "1.5")
+        assert time.monotonic() - begun < 8, "less than one answer may take"
+    finally:
+        camera.daemon.send_signal(signal.SIGCONT)
+    assert done.returncode == 6
+    assert done.stderr.startswith("agentctl: not online after 1.5 s: camera-agent does not answer")
+    assert done.stdout == ""
 
 
 def test_a_damaged_last_known_state_is_no_trouble(down: Camera):
@@ -366,6 +393,18 @@ def test_no_such_key_exits_5(camera: Camera):
     assert done.returncode == 5
     assert "did you mean" in done.stderr
     assert camera.json("config", "explain", "x")[1]["error"]["code"] == "unknown_key"
+
+
+def test_a_table_is_explained_by_its_keys(camera: Camera):
+    done = camera.run("config", "explain", "capture.sources")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"capture.sources is a table; .*\n  capture.sources.front.pattern  \"\*.jpg\"\n$", done.stdout)
+    assert camera.json("config", "explain", "capture")[1] == {
+        "schema": 1,
+        "key": "capture",
+        "keys": ["capture.sources.front.pattern"],
+    }
+    assert camera.run("config", "explain", "capture.source").returncode == 5
 
 
 def test_config_diff_exits_10_when_it_differs(camera: Camera):
@@ -538,6 +577,13 @@ def test_config_check_lets_the_agent_judge(down: Camera):
         ["jobs", "show"],
         ["status", "--wait", "rain"],
         ["jobs", "list", "--limit", "x"],
+        ["status", "--wait", "online", "--timeout", "nan"],
+        ["status", "--wait", "online", "--timeout", "-1"],
+        ["status", "--wait", "online", "--timeout", "inf"],
+        ["jobs", "watch", "x", "--timeout", "-inf"],
+        ["jobs", "show", ""],
+        ["config", "explain", ""],
+        ["config", "get", " "],
     ],
     ids=" ".join,
 )
@@ -592,7 +638,7 @@ def test_an_operator_may_look_and_not_cancel(camera: Camera):
 
 
 @contextmanager
-def odd_server(path: Path, answer: bytes | None) -> Iterator[Client]:
+def odd_server(path: Path, answer: bytes | None, connections: int = 1) -> Iterator[Client]:
     """Something that accepts connections and answers with these bytes, or never."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -600,15 +646,16 @@ def odd_server(path: Path, answer: bytes | None) -> Iterator[Client]:
     held: list[socket.socket] = []
 
     def serve() -> None:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            return
-        held.append(connection)
-        if answer is not None:
-            connection.recv(65536)
-            connection.sendall(answer)
-            connection.close()
+        for _ in range(connections):
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            held.append(connection)
+            if answer is not None:
+                connection.recv(65536)
+                connection.sendall(answer)
+                connection.close()
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -657,6 +704,108 @@ def test_odd_answers_are_explained(tmp_path: Path, answer: bytes | None, code: i
 def test_every_framing_is_understood(tmp_path: Path, answer: bytes):
     with odd_server(tmp_path / "s", answer) as client:
         assert client.get("/v1/status") == {"a": 1}
+
+
+STRANGE = {
+    "agent": [],
+    "health": {"conditions": [1, 2]},
+    "cloud": None,
+    "capture": {"x": 5},
+    "jobs": [7],
+    "outbox": "x",
+    "sources": {"front": [1]},
+    "metrics": 3,
+    "effective": {"a": 4},
+    "shadow": {},
+    "updates": {"pipeline": 9},
+}
+
+
+@pytest.mark.parametrize("body", [json.dumps(STRANGE), "{}", "[" * 100_000], ids=["wrong types", "empty", "deep"])
+@pytest.mark.parametrize("verb", ["status", "jobs", "capture", "config", "metrics", "update"])
+def test_an_answer_of_the_wrong_shape_is_one_line(down: Camera, verb: str, body: str):
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    with odd_server(down.socket, answer, connections=2):
+        done = down.run(verb)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("agentctl: camera-agent's answer can't be understood: ")
+        assert len(done.stderr.splitlines()) <= 2
+
+
+def test_an_answer_that_trickles_is_given_up(tmp_path: Path):
+    ended = threading.Event()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+
+    def trickle() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while not ended.wait(0.02):
+                with contextlib.suppress(OSError):
+                    connection.sendall(b" ")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        with pytest.raises(Failure) as caught:
+            Client(str(tmp_path / "s"), timeout_s=0.3).get("/v1/status")
+    finally:
+        ended.set()
+        thread.join()
+        listener.close()
+    assert (caught.value.exit_code, caught.value.code) == (TIMED_OUT, "no_answer")
+
+
+def test_any_text_can_be_shown(camera: Camera):
+    text = "bad\udcff\ud800.jpg"
+    camera.state["jobs"][0] |= {"document": {"arg": text}, "details": {"message": text}}
+    camera.write()
+    assert camera.json("jobs", "show", "update-17")[1]["job"]["document"] == {"arg": text}
+    done = camera.run("jobs", "show", "update-17")
+    assert (done.returncode, "bad??.jpg" in done.stdout) == (0, True)
+    assert camera.run("jobs", "show", b"\xff\xfe".decode(errors="surrogateescape")).returncode == 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["status", "--json"],
+        ["jobs"],
+        ["metrics"],
+        ["config", "get", "thing_name"],
+        ["--help"],
+        ["x", "--json"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+def test_output_that_can_not_be_written_is_one_line(camera: Camera, words: list[str], where: str):
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"$@" {where}', "sh", *AGENTCTL, *words],
+        cwd=ROOT,
+        env=camera.env(),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"agentctl: .*can't write the output: .*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-"])
+def test_errors_that_can_not_be_written_do_not_change_the_exit_status(down: Camera, where: str):
+    for words, code in ((["status"], 3), (["frobnicate"], 2)):
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'"$@" {where}', "sh", *AGENTCTL, *words],
+            cwd=ROOT,
+            env=down.env(),
+            stdout=subprocess.PIPE,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (code, b"")
 
 
 # ---- where the daemon is ----------------------------------------------------------------------------------------------

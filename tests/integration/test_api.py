@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -26,6 +26,7 @@ from agent.api import server as server_module
 from agent.api.openmetrics import CONTENT_TYPE
 from agent.api.routes import ROUTES
 from agent.api.server import BODY_LIMIT, Server
+from agent.api.sockets import Peer
 from agent.errors import AgentError
 from tests.integration.fake_daemon import FakeAgent, healthy_state
 
@@ -302,7 +303,8 @@ async def test_others_may_look_and_not_change(api: Running):
 @needs_root
 async def test_members_of_the_admins_group_may_change(api: Running):
     api.agent.state["jobs"] = [{"job_id": "long", "status": None, "phase": "running"}]
-    api.server._admins = 54321
+    assert api.server._listener
+    api.server._listener = replace(api.server._listener, admins=54321)
     assert " 403 " in await ask_as(api.path, [54320], "POST", "/v1/jobs/long/cancel")
     assert " 200 " in await ask_as(api.path, [54320, 54321], "POST", "/v1/jobs/long/cancel")
     assert [job for job, _ in api.agent.cancelled] == ["long"]
@@ -343,7 +345,7 @@ async def test_a_path_that_is_too_long_is_explained(tmp_path: Path):
 
 
 async def test_a_flood_of_clients_is_answered_busy(api: Running, monkeypatch):
-    monkeypatch.setattr(server_module, "CONNECTION_LIMIT", 2)
+    monkeypatch.setattr(server_module, "CONNECTION_LIMIT", 4)
     request = b"GET /v1/capture/stream HTTP/1.1\r\nHost: x\r\n\r\n"
     held = []
     for _ in range(2):
@@ -389,3 +391,148 @@ asyncio.run(main())
         [sys.executable, "-c", script, str(tmp_path / "api.sock")], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "200", "True"]
+
+
+# ---- odd texts, greedy and slow clients, a lost socket ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["bad\udcff\udcfe.jpg", "\ud800", "\udfff\ud800 \U0001f600"])
+async def test_any_text_can_be_told(api: Running, text: str):
+    api.agent.state["status"]["capture"]["front"]["last_image"] = text
+    api.agent.state["capture"]["sources"][text] = {"last_image": text}
+    api.agent.state["jobs"][0]["document"] = {text: [text]}
+    assert (await api.get("/v1/status"))[1]["capture"]["front"]["last_image"] == text
+    assert (await api.get("/v1/capture"))[1]["sources"][text] == {"last_image": text}
+    assert (await api.get("/v1/jobs/update-17"))[1]["job"]["document"] == {text: [text]}
+    async with api.http.get("http://agent/v1/capture/stream") as reply:
+        assert json.loads(await reply.content.readline())["sources"][text] == {"last_image": text}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "rot13"])
+async def test_an_encoded_body_is_refused(api: Running, encoding: str):
+    request = f"POST /v1/jobs/update-17/cancel HTTP/1.1\r\nHost: x\r\nContent-Encoding: {encoding}\r\n"
+    with structlog.testing.capture_logs() as logged:
+        head, _, body = (
+            await raw(api.path, f"{request}Content-Length: 3\r\nConnection: close\r\n\r\nabc".encode())
+        ).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 415")
+    assert json.loads(body)["error"]["code"] == "bad_encoding"
+    assert logged == []
+
+
+async def test_one_user_gets_half_of_the_places_and_readers_leave_some_to_admins(api: Running):
+    places = server_module.CONNECTION_LIMIT
+
+    def taken_by(uid: int) -> int:
+        count = 0
+        while api.server._has_place(Peer(1, uid, frozenset())):
+            api.server._users[asyncio.Protocol()] = Peer(1, uid, frozenset())
+            count += 1
+        return count
+
+    assert [taken_by(uid) for uid in (1001, 1002, 1003)] == [places // 2, places // 4, 0]
+    assert taken_by(0) == places // 4
+    api.server._users.clear()
+
+
+HOLD = """
+import socket, sys
+held = []
+for _ in range(int(sys.argv[2])):
+    s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.send(b"GET /v1/status HTTP/1.1\\r\\nX: ")
+    held.append(s)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_root
+async def test_a_user_with_many_connections_does_not_shut_out_the_others(api: Running):
+    api.path.chmod(0o666)
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable
+    holder = await asyncio.create_subprocess_exec(
+        *(python, "-I", "-c", HOLD, str(api.path), str(server_module.CONNECTION_LIMIT + 1)),
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        cwd="/",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert holder.stdout
+    assert holder.stdin
+    assert await holder.stdout.readline() == b"held\n"
+    await until(lambda: len(api.server._users) == server_module.CONNECTION_LIMIT // 2)
+    assert (await api.get("/v1/status"))[0] == 200
+    holder.stdin.close()
+    await holder.wait()
+    await until(lambda: len(api.server._users) <= 1)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["first", "next"])
+async def test_a_head_that_does_not_come_ends_the_connection(api: Running, monkeypatch, before: bytes):
+    monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.3)
+    reader, writer = await asyncio.open_unix_connection(str(api.path))
+    writer.write(before)
+    if before:
+        await reader.readuntil(b"\r\n\r\n")
+
+    async def trickle() -> None:
+        while True:
+            writer.write(b"G")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    trickling = asyncio.create_task(trickle())
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
+    trickling.cancel()
+    await asyncio.wait({trickling})
+    assert trickling.cancelled() or isinstance(trickling.exception(), ConnectionError)
+    writer.close()
+    await until(lambda: not api.server._users)
+
+
+@pytest.mark.parametrize("target", ["/v1/status", "/v1/capture/stream"])
+async def test_a_client_that_never_reads_loses_its_place(api: Running, monkeypatch, target: str):
+    monkeypatch.setattr(server_module, "SEND_TIMEOUT_S", 0.1)
+    api.agent.state["status"]["large"] = api.agent.state["capture"]["large"] = ["some words"] * 200_000
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        client.connect(str(api.path))
+        client.send(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await until(lambda: api.server._users)
+        await until(lambda: not api.server._users)
+    assert api.agent.streams_open == 0
+
+
+async def test_a_socket_that_is_deleted_is_made_anew(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(server_module, "CHECK_EVERY_S", 0.01)
+    path = tmp_path / "run" / "api.sock"
+    request = b"GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    async with serving(path) as (_, server):
+        for lose in (path.unlink, lambda: shutil.rmtree(path.parent)):
+            lost = server._listener
+            lose()
+            await until(lambda lost=lost: server._listener is not lost)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+            assert b" 200 " in (await raw(path, request)).splitlines()[0]
+    assert not path.exists()
+
+
+async def test_what_has_taken_the_sockets_place_is_left_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(server_module, "CHECK_EVERY_S", 0.01)
+    path = tmp_path / "api.sock"
+    with structlog.testing.capture_logs() as logged:
+        async with serving(path) as (_, server):
+            first = server._listener
+            path.unlink()
+            path.write_text("notes")
+            await until(lambda: logged)
+            await asyncio.sleep(0.05)
+            assert (path.read_text(), server._listener) == ("notes", first)
+            assert [entry["code"] for entry in logged] == ["api_socket_failed"], "said once"
+            path.unlink()
+            await until(lambda: server._listener is not first)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import random
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -17,12 +19,16 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from agent.capture import sources
+from agent.capture import alarms, sources
+from agent.capture import capture as captures
 from agent.capture.capture import Capture
 from agent.capture.folders import Found, live_folders
+from agent.capture.reading import analyse, examine
 from agent.capture.sources import FolderSource
+from agent.host import threads
 from agent.settings import Capture as CaptureSettings
 from agent.settings import CaptureSource
+from agent.store import Store
 
 LIMIT_S = 30
 
@@ -332,10 +338,12 @@ SETTINGS = CaptureSettings(budget_pct=100)
 
 
 @asynccontextmanager
-async def capturing(root: Path, interval_s: float = 0.1) -> AsyncIterator[tuple[Capture, list[dict[str, Any]]]]:
+async def capturing(
+    root: Path, interval_s: float = 0.1, store: Store | None = None
+) -> AsyncIterator[tuple[Capture, list[dict[str, Any]]]]:
     events: list[dict[str, Any]] = []
     source = CaptureSource(directory=root, interval_s=interval_s)
-    capture = Capture({"front": source}, SETTINGS, on_event=events.append)
+    capture = Capture({"front": source}, SETTINGS, on_event=events.append, store=store)
     task = asyncio.create_task(capture.run())
     try:
         yield capture, events
@@ -440,3 +448,136 @@ async def test_settings_change_at_once(tmp_path: Path) -> None:
         capture.reconfigure(wanted)
         assert front(capture)["interval_s"] == 5.0
         assert capture.reference()["sources"]["front"]["interval_s"] == 5.0
+
+
+async def test_a_restart_on_the_same_store_has_a_reference(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    store = await Store.open(tmp_path / "state.db")
+    try:
+        async with capturing(images, store=store) as (capture, _):
+            await until(lambda: front(capture)["state"] == "watching")
+            assert capture.lacking()
+            await write(images, [picture(number) for number in range(18)], capture, 0)
+            assert capture.lacking() == ""
+        async with capturing(images, store=store) as (capture, _):
+            await until(lambda: front(capture)["state"] == "watching")
+            assert capture.reference()["sources"]["front"]["samples"] >= 16
+            assert "no image" in capture.lacking()
+            await write(images, [picture(50)], capture, 50)
+            assert capture.lacking() == ""
+            reference, since = capture.reference(), time.monotonic()
+            await write(images, [picture(number, blur=4) for number in range(60, 68)], capture, 100)
+            verdict = capture.compare(reference, since)
+            assert not verdict.ok
+            assert "blurred" in " ".join(verdict.reasons)
+        async with capturing(images, store=store) as (capture, _):
+            await until(lambda: front(capture)["state"] == "watching")
+            assert 16 <= capture.reference()["sources"]["front"]["samples"] <= 19  # nothing of the spoilt trial
+    finally:
+        await store.close()
+
+
+async def test_the_history_is_written_once_there_is_enough_and_then_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captures, "KEEP_LOOK_S", 0.02)
+    images = tmp_path / "images"
+    images.mkdir()
+    store = await Store.open(tmp_path / "state.db")
+    try:
+        async with capturing(images, store=store) as (capture, _):
+            await until(lambda: front(capture)["state"] == "watching")
+            await write(images, [picture(number) for number in range(16)], capture, 0)
+            async with asyncio.timeout(LIMIT_S):  # as after a kill -9: nothing more gets written
+                while not (first := await store.read(lambda t: t.fact("capture.history.front"))):
+                    await asyncio.sleep(0.02)
+            await write(images, [picture(number) for number in range(20, 24)], capture, 20)
+            await asyncio.sleep(0.1)
+            assert await store.read(lambda t: t.fact("capture.history.front")) == first
+            assert len(first["pictures"]) >= 16
+    finally:
+        await store.close()
+
+
+async def test_an_unreadable_history_is_left(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "state.db")
+    try:
+        junk = {"schema": 1, "place": str(tmp_path), "boot_id": "x", "at": time.time(), "pictures": [[1, 2]]}
+        for value in (7, [], {"schema": 1}, junk):
+            await store.write(lambda t, value=value: t.set_fact("capture.history.front", value))  # type: ignore[misc]
+            async with capturing(tmp_path, store=store) as (capture, _):
+                await until(lambda: front(capture)["state"] == "watching")
+    finally:
+        await store.close()
+
+
+def swap_for_fifo(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    path.unlink()
+    os.mkfifo(path)
+
+
+async def test_a_fifo_in_the_place_of_an_image_blocks_nothing(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.jpg"
+    os.mkfifo(fifo)
+    link = tmp_path / "link.jpg"
+    link.symlink_to("fifo.jpg")
+    async with asyncio.timeout(LIMIT_S):
+        for path in (fifo, link):
+            (seen,) = await asyncio.to_thread(examine, [Found(str(path), 1.0, 1.0, 5, 1.0)])
+            assert seen.vanished
+            assert (await asyncio.to_thread(analyse, str(path)))[0] is None
+    async with capturing(tmp_path) as (capture, _):
+        await until(lambda: front(capture)["state"] == "watching")
+        for number in range(100):
+            await asyncio.to_thread(swap_for_fifo, tmp_path / f"r{number}.jpg", picture())
+        await write(tmp_path, [picture(1)], capture, 0)
+
+
+async def test_a_read_that_hangs_is_told_and_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, release = threading.Event(), threading.Event()
+
+    def hang(_: object) -> list[Any]:
+        hanging.set()
+        release.wait(LIMIT_S)
+        return []
+
+    monkeypatch.setattr(captures, "examine", hang)
+    monkeypatch.setattr(captures, "TICK_S", 0.02)
+    monkeypatch.setattr(captures, "HANGS_S", 0.3)
+    monkeypatch.setattr(alarms, "STOPPED_LEAST_S", 0.5)
+    monkeypatch.setattr(threads, "LEAVE_AFTER_S", 0.1)
+    try:
+        async with capturing(tmp_path) as (capture, events):
+            await until(lambda: front(capture)["state"] == "watching")
+            await asyncio.to_thread(put, tmp_path / "a.jpg", picture())
+            await until(lambda: any(event["condition"] == "capture.stopped" for event in events))
+            assert hanging.is_set()
+            await until(lambda: front(capture)["state"] == "hanging")
+            stopping = time.monotonic()
+        assert time.monotonic() - stopping < 10
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "leavable")
+    finally:
+        release.set()
+
+
+async def test_without_sources_it_waits(tmp_path: Path) -> None:
+    task = asyncio.create_task(Capture({}, SETTINGS, on_event=print).run())
+    done, _ = await asyncio.wait([task], timeout=0.2)
+    assert not done
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_any_file_name_is_told_as_plain_text(tmp_path: Path) -> None:
+    async with capturing(tmp_path) as (capture, _):
+        await until(lambda: front(capture)["state"] == "watching")
+        name = os.fsencode(tmp_path) + b"/bad\xff\x1b[31m\n\xc3\xa4.jpg"
+        await asyncio.to_thread(lambda: Path(os.fsdecode(name)).write_bytes(picture()))
+        await until(lambda: front(capture)["images"] == 1)
+        told = front(capture)["last_image"]
+        assert told.isprintable()
+        assert told.endswith("bad\\xff\\x1b[31m\\n\u00e4.jpg")
+        json.dumps(front(capture)).encode()

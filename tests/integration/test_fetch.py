@@ -5,11 +5,13 @@ import hashlib
 import json
 import random
 import traceback
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
 
 from agent.errors import CloudError, FailedError, RefusedError
+from agent.updates.addresses import redirected
 from agent.updates.fetch import Limits, check_urls, fetch
 from agent.updates.preflight import bytes_on_disk, discard_others
 from tests.fakes_updates import Server, serving
@@ -328,9 +330,198 @@ async def test_server_errors_are_waited_out(tmp_path):
         assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
 
 
+@asynccontextmanager
+async def answering(*answers):
+    """A TCP server that gives its n-th client the n-th answer, later ones the last; its base URL and what was asked."""
+    asked = []
+
+    async def serve(reader, writer):
+        asked.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        answer = answers[min(len(asked), len(answers)) - 1]
+        writer.write(answer)
+        try:
+            await writer.drain()
+        except ConnectionError:
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+    finally:
+        server.close()
+
+
+def whole(content, extra=b""):
+    return b"HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n%s" % (extra, len(content), content)
+
+
+def moved(location):
+    return b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % location
+
+
+SENSELESS = {
+    "no number as length": (b"HTTP/1.1 200 OK\r\nContent-Length: abc\r\n\r\nxx", "Content-Length"),
+    "negative length": (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "Content-Length"),
+    "no status line": (b"\xff\0garbage\r\n\r\n", "Bad status line"),
+    "no chunk size": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc", "chunk"),
+    "no chunk size later": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\nabc",
+        "does not speak HTTP",
+    ),
+    "endless header": (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 50_000 + b"\r\n\r\n", "does not speak HTTP"),
+    "another range": (
+        b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-99999999999999999999/99999999999999999999\r\nContent-Length: 5\r\n\r\nhello",
+        "another range",
+    ),
+    "five thousand digits": (
+        b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-1/%s\r\nContent-Length: 5\r\n\r\nhello" % (b"9" * 5000),
+        "another range",
+    ),
+    "to a file": (moved(b"file:///etc/passwd"), "redirects to what is not an http"),
+    "to ftp": (moved(b"ftp://127.0.0.1/x"), "redirects to what is not an http"),
+    "to no host": (moved(b"http://[::1/"), "redirects to what is not an http"),
+    "to nowhere": (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "redirects to nowhere"),
+    "to itself": (moved(b"/again?" + SECRET.encode()), "redirects more than 5 times"),
+}
+
+
+@pytest.mark.parametrize("name", SENSELESS)
+async def test_senseless_answers_end_soon(tmp_path, capsys, name):
+    answer, said = SENSELESS[name]
+    told = []
+    async with answering(answer) as (base, asked):
+        with pytest.raises(FailedError) as error:
+            await fetch([f"{base}/a?{SECRET}"], **job(b"x" * 100, tmp_path, patience_s=86_400, on_wait=told.append))
+    assert error.value.code == "download_failed"
+    assert said in error.value.message
+    assert "\n" not in error.value.message
+    assert len(asked) == (18 if name == "to itself" else 3)
+    assert len(told) == 2
+    printed = capsys.readouterr()
+    assert "canary" not in "".join(traceback.format_exception(error.value)) + printed.out + printed.err + "".join(told)
+
+
+async def test_one_url_that_makes_sense_is_enough(tmp_path):
+    content = some_bytes(1000)
+    senseless = SENSELESS["no status line"][0]
+    async with answering(senseless) as (bad, asked), answering(b"", b"", b"", b"", whole(content)) as (good, _):
+        path = await fetch([f"{bad}/a", f"{good}/b"], **job(content, tmp_path))
+    assert path.read_bytes() == content
+    assert len(asked) == 3
+
+
+async def test_only_answers_in_a_row_count(tmp_path):
+    content = some_bytes(1000)
+    bad, busy = SENSELESS["no status line"][0], b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+    async with answering(bad, bad, busy, bad, bad, whole(content)) as (base, asked):
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+    assert len(asked) == 6
+
+
+async def test_a_busy_server_is_waited_for_and_named(tmp_path):
+    told = []
+    async with answering(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n") as (base, asked):
+        with pytest.raises(FailedError) as error:
+            await fetch([base], **job(b"x" * 12_345, tmp_path, patience_s=0.3, on_wait=told.append))
+    assert error.value.code == "download_timeout"
+    assert len(asked) > 3
+    assert told[0] == "downloading, 0 of 12 kB; waiting after: 127.0.0.1 answered HTTP 503"
+
+
+async def test_redirects_are_followed_with_the_range(tmp_path):
+    content = some_bytes(400_000)
+    server = Server(content)
+    server.faults = [cut_in_the_middle]
+    async with (
+        serving(server) as base,
+        answering(moved(b"two"), moved(b"/three"), moved(b"x/"), moved(b"../y"), moved(f"{base}/end".encode())) as (
+            first,
+            asked,
+        ),
+    ):
+        assert (await fetch([first], **job(content, tmp_path))).read_bytes() == content
+    paths = [request.split()[1] for request in asked]
+    assert paths[:5] == ["/", "/two", "/three", "/x/", "/y"]
+    assert [request.path for request in server.requests] == ["/end", "/end"]
+    assert "Range" in server.requests[1].headers
+
+
+async def test_an_etag_that_is_none_is_not_sent_back(tmp_path):
+    content = some_bytes(1_000_000)
+    cut = whole(content, b'ETag: "\xff\xfe"\r\n')[:-500]
+    async with answering(cut, whole(content)) as (base, asked):
+        assert (await fetch([base], **job(content, tmp_path))).read_bytes() == content
+    assert "Range" in asked[1]
+    assert "If-Range" not in asked[1]
+
+
+async def test_a_missing_file_beside_an_expired_url_still_asks_for_new_urls(tmp_path):
+    content = some_bytes(1000)
+    gone, expired = (b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status for status in (404, 403))
+    async with answering(gone) as (one, _), answering(expired, whole(content)) as (two, asked):
+
+        async def fresh():
+            return [f"{one}/gone", f"{two}/new"]
+
+        path = await fetch([f"{one}/gone", f"{two}/old"], **job(content, tmp_path, fresh_urls=fresh))
+    assert path.read_bytes() == content
+    assert [request.split()[1] for request in asked] == ["/old", "/new"]
+
+
+async def test_over_a_proxy(tmp_path):
+    content = some_bytes(1000)
+    async with answering(whole(content)) as (proxy, asked):
+        limits = Limits(proxy_url=proxy.replace("//", "//cam:p%40ss@"))
+        path = await fetch(["http://artifacts.invalid/a?b"], **job(content, tmp_path, limits=limits))
+    assert path.read_bytes() == content
+    assert asked[0].startswith("GET http://artifacts.invalid/a?b HTTP/1.1")
+    assert "Proxy-Authorization: Basic Y2FtOnBAc3M=" in asked[0]
+    assert "p%40ss" not in repr(limits)
+
+
+async def test_a_proxy_that_refuses_is_waited_for_and_tells_no_password(tmp_path):
+    told = []
+    refusal = b"HTTP/1.1 407 Login\r\nContent-Length: 0\r\n\r\n"
+    async with answering(refusal) as (proxy, asked):
+        limits = Limits(proxy_url=proxy.replace("//", "//cam:canary@"), first_wait_s=0.001, longest_wait_s=0.01)
+        calls = job(b"x", tmp_path, limits=limits, patience_s=0.3, on_wait=told.append)
+        with pytest.raises(FailedError) as error:
+            await fetch(["https://artifacts.invalid/a"], **calls)
+    assert error.value.code == "download_timeout"
+    assert asked[0].startswith("CONNECT artifacts.invalid:443 ")
+    assert "the proxy answered HTTP 407" in told[0]
+    assert "canary" not in "".join(traceback.format_exception(error.value)) + "".join(told)
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "target"),
+    [
+        ("https://a/b/c?d", "e", "https://a/b/e"),
+        ("http://a/", "https://b/", "https://b/"),
+        ("https://a/", "//b/x", "https://b/x"),
+        ("https://a/", "http://a/", ""),
+        ("https://a/", "", ""),
+        ("http://a/", "javascript:1", ""),
+        ("http://a/", "http://b:99999/", ""),
+        ("http://a/", "http://b/\x1b", ""),
+        ("http://a/", "http://b..c/", ""),
+    ],
+)
+def test_where_a_redirect_may_lead(url, location, target):
+    if target:
+        assert redirected(url, location) == target
+    else:
+        with pytest.raises(ValueError, match="redirects"):
+            redirected(url, location)
+
+
 @pytest.mark.parametrize(
     "url",
     [
+        "http://a:99999/",
+        "http://a:0/",
+        "http://a..b/",
         "${aws:iot:s3-presigned-url:https://s3/x}",
         "ftp://a/b",
         "file:///etc/passwd",

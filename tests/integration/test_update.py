@@ -12,6 +12,7 @@ from agent.errors import FailedError, RefusedError, StoreError
 from agent.host import clock
 from agent.settings import UpdateTarget
 from agent.store import Store
+from agent.updates import gate as gates
 from agent.updates.fetch import Limits
 from agent.updates.gate import Gate
 from agent.updates.manifest import digest_of
@@ -284,7 +285,7 @@ async def test_already_installed(running):
     assert details["reason_code"] == "already_installed"
     assert running.server.requests == []
     await running.store.write(lambda t: t.delete_fact("updates.installed.pipeline"))
-    assert (await running.run(running.document("1.0")))["reason_code"] == "already_installed"
+    assert (await running.run(running.document("1.0")))["reason_code"] == "updated"  # in place, but never proven
 
 
 async def test_a_permitted_downgrade_does_not_lower_the_floor(running):
@@ -377,6 +378,42 @@ async def test_the_lock_is_waited_for_and_held(running):
         "INSTALLING", "ARMED", "RESTARTING", "TRIAL", "COMMITTING", "COMMITTED",
     }  # fmt: skip
     assert not running.lock.locked()
+
+
+async def test_the_switch_waits_for_a_reference_says_so_and_can_be_cancelled(running):
+    running.capture.lacks = ["front: 5 of 16 pictures measured"]
+    job = FakeJob(running.document("2.0"), running.store)
+    running.capture.asked.clear()
+    task = asyncio.create_task(running.update.run(job))
+    async with asyncio.timeout(30):
+        await running.capture.asked.wait()
+        while "watching the images" not in job.messages[-1]:
+            await asyncio.sleep(0.01)
+    assert running.update.status()["pipeline"]["state"] == "INSTALLING"
+    assert "5 of 16" in running.update.status()["pipeline"]["waits_for"]
+    assert running.runs == "1.0"
+    job.cancelled.set()
+    assert (await failing(task)).code == "cancelled"
+    assert len(running.slots()) == 1
+
+
+async def test_the_wait_for_a_reference_goes_on_after_a_cut(running, monkeypatch):
+    monkeypatch.setattr(gates, "WAIT_LOOK_S", 0.001)
+    running.capture.lacks = ["front: no image seen yet"]
+    job = FakeJob(running.document("2.0"), running.store)
+    job.cut_after = list(State).index(State.INSTALLING) + 1
+    with pytest.raises(PowerCutError):
+        await running.update.run(job)
+    running.start()
+    again = FakeJob(job.document, running.store, job.progress)
+    running.capture.asked.clear()
+    task = asyncio.create_task(running.update.run(again))
+    await running.capture.asked.wait()
+    assert not task.done()
+    assert "baseline" not in again.progress
+    running.capture.lacks = []
+    assert (await task)["version"] == "2.0"
+    assert again.progress["baseline"]["capture"] is not None
 
 
 async def test_cancel_is_too_late_on_trial(running):

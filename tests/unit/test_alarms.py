@@ -115,6 +115,28 @@ def test_a_low_rate_is_slow(every_s: float, slow: bool) -> None:
     assert camera.story == ([("capture.slow", "set"), ("capture.slow", "clear")] if slow else [])
 
 
+def test_what_is_said_of_a_slow_or_stopped_source_stays_up_to_date() -> None:
+    camera = Camera()
+    camera.flow(200, 2.0)
+    before = camera.alarms.conditions()[0]["message"]
+    camera.flow(120, 1.1)
+    (slow,) = camera.alarms.conditions()
+    assert "30 of 6" in before
+    assert "55 of 6" in slow["message"]
+    camera.silence(500)
+    messages = [item["message"] for item in camera.alarms.conditions()]
+    assert any("no image for 500 s" in message for message in messages)
+    assert [event["condition"] for event in camera.events] == ["capture.slow", "capture.stopped"]
+
+
+def test_the_time_of_a_trial_of_our_own_is_not_slow() -> None:
+    camera = Camera()
+    for _ in range(100):
+        camera.flow(1, 3.0)
+        camera.alarms.disturbed()
+    assert camera.story == []
+
+
 @pytest.mark.parametrize("interval_s", [0.1, 1.0, 30.0, 600.0])
 def test_jitter_is_not_slow(interval_s: float) -> None:
     camera = Camera(interval_s)

@@ -13,6 +13,7 @@ from agent.ctl.capture import summary
 from agent.ctl.conditions import by_severity, describe_condition
 from agent.ctl.config import differences
 from agent.ctl.doctor import describe as describe_findings
+from agent.ctl.jobs import story
 from agent.ctl.main import VERBS, parser
 from agent.ctl.status import describe, exit_code
 from agent.health.probes import Finding
@@ -207,3 +208,35 @@ def test_doctor_without_troubles():
         "",
         "ok  dns  10.0.0.1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ({"superseded": "CANCELED"}, "the cloud cancelled it; it had not begun here"),
+        (
+            {"status": "SUCCEEDED", "superseded": "CANCELED", "details": {"message": "1.4.2 runs"}},
+            "the cloud cancelled it; here it had ended as SUCCEEDED: 1.4.2 runs",
+        ),
+        (
+            {"status": "FAILED", "superseded": "TIMED_OUT", "details": {"message": "rolled back"}},
+            "the cloud's time for it ran out; here it had ended as FAILED: rolled back",
+        ),
+        (
+            {"status": "FAILED", "superseded": "REMOVED"},
+            "the cloud has removed it; here it had ended as FAILED",
+        ),
+        ({"status": "FAILED", "superseded": "X"}, "the cloud ended it as X; here it had ended as FAILED"),
+        (
+            {"cancelled": "CANCELED", "message": "downloading"},
+            "the cloud cancelled it; it stops where it safely can: downloading",
+        ),
+        ({"status": "SUCCEEDED", "details": {"message": "done"}}, "done"),
+        ({"message": "downloading"}, "downloading"),
+        ({}, ""),
+    ],
+)
+def test_a_jobs_story_tells_both_sides(job, words):
+    assert story(job) == words
+    shown = " ".join("\n".join(describe({"jobs": {"last": {"job_id": "j", **job}}}, 0)).split())
+    assert words in shown

@@ -235,6 +235,32 @@ def explain(key: str, force: InForce) -> dict[str, Any]:
     return origins.explain(key, SITE, candidate.settings, force)
 
 
+@pytest.mark.parametrize(
+    ("key", "message", "hint"),
+    [
+        ("log", "log is a table; its keys: level", "ask for one of them: log.level"),
+        ("capture", "capture is a table; its keys: budget_pct, slow_ratio,", "ask for one of them: capture.budget_pct"),
+        (
+            "capture.sources",
+            "capture.sources is a table; its keys: front",
+            "ask for one of them: capture.sources.front",
+        ),
+        ("capture.sources.front", "is a table; its keys: directory, pattern, interval_s", "capture.sources.front.d"),
+        ("updates.targets", "updates.targets is a table, and has no keys", "agent.toml may give it some"),
+        ("capture.sources.side", "capture.sources.side is no key of agent.toml", "capture.sources has front"),
+        ("captur", "captur is no key of agent.toml", "did you mean capture?"),
+        ("log.", "log. is no key of agent.toml", "log has level"),
+        ("", " is no key of agent.toml", ""),
+    ],
+)
+def test_explain_of_a_table_lists_its_keys(key: str, message: str, hint: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        explain(key, in_force({}, 1, 1.0))
+    assert caught.value.code == "unknown_key"
+    assert message in caught.value.message
+    assert hint in str(caught.value.hint)
+
+
 def test_explain_names_the_origin_and_what_it_overrides() -> None:
     first = in_force({"agent": {"telemetry": {"interval_s": 10}}, "targets": {"pipeline": {"fps": 2}}}, 5, 100.0)
     second = in_force(

@@ -94,6 +94,99 @@ def test_refusals(document, code, said):
     assert said in caught.value.message
 
 
+def nested(levels, kind=list):
+    value = 1
+    for _ in range(levels):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"operation": "x", "allowStdErr": "²"}, "allowStdErr"),
+        (step(runAsUser="a\0b"), "steps[0].action.runAsUser: holds a NUL character"),
+        (step(runAsUser="\ud800"), "steps[0].action.runAsUser: is not valid Unicode text"),
+        (step(input={"handler": "h", "args": ["fine", "a\0b"]}), "steps[0].action.input.args[1]: holds a NUL"),
+        (step(input={"handler": "h", "args": ["\ud800x"]}), "args[0]: is not valid Unicode"),
+        (step(name="\ud83d bad \x1b[31m red"), "steps[0].action.name"),
+        (step(type="runCommand", input={"command": "echo,a\0b"}), "input.command: holds a NUL"),
+        ({"version": "1.0", "operation": "restart", "\ud800": 1}, "\\ud800: the key is not valid"),
+        ({"version": "1.0", "operation": "restart", "a\0": 1}, "a\\x00: the key holds a NUL"),
+        ({"version": "1.0", "operation": "restart", 5: 1}, "the key is not text"),
+        ({"version": "1.0", "operation": "restart", "target": {1}}, "target: is no JSON value (set)"),
+        ({**step(), "timeoutSeconds": float("nan")}, "timeoutSeconds: is not a finite number"),
+        ({**step(), "timeoutSeconds": 10**5000}, "timeoutSeconds: is an integer of more than 64 bits"),
+        ({**step(), "conditions": [{"a": nested(300)}]}, "nested deeper than 32 levels"),
+        ({**step(), "conditions": [{"a": nested(900, dict)}]}, "nested deeper than 32 levels"),
+        ({"version": "1.0", "operation": "run", "steps": nested(5000)}, "nested deeper than 32 levels"),
+        ({"version": "1.0", "operation": nested(50_000, dict)}, "nested deeper than 32 levels"),
+        ({"version": "1.0", "operation": "restart", "\x1b]0;x\x07": 1}, "\\x1b]0;x\\x07: unknown key"),
+        ({"version": "1.0", "operation": "restart", **{f"k{n}": n for n in range(100)}}, "and 92 more"),
+    ],
+)
+def test_what_no_program_could_take(document, said):
+    with pytest.raises(RefusedError) as caught:
+        parse(document)
+    assert caught.value.code == "bad_document"
+    assert said in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 1024
+
+
+def test_thirty_two_levels_are_not_too_deep():
+    deep = {**step(), "conditions": [{"a": nested(29)}]}
+    assert parse(deep)[1]["conditions"]
+    with pytest.raises(RefusedError, match="nested deeper"):
+        parse({**step(), "conditions": [{"a": nested(30)}]})
+
+
+any_text = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\0", "\ud800", "1.0", "run", "update"])
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(any_text, inner, max_size=3)
+        | st.builds(lambda below, levels: [below, *nested(levels)], inner, st.integers(1, 2000))
+    ),
+    max_leaves=12,
+)
+known_keys = st.sampled_from(["version", "operation", "steps", "target", "args", "path", "allowStdErr", "urls"])
+
+
+@given(st.dictionaries(known_keys | any_text, any_json, max_size=6))
+def test_a_refusal_can_be_sent_and_a_document_stored(document):
+    try:
+        parsed = parse(document)[1]
+    except RefusedError as error:
+        assert error.code in ("bad_document", "unknown_operation", "placeholder_unresolved")
+        assert error.message.isprintable()
+        error.message.encode()
+    else:
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+        assert "\0" not in text
+        text.encode()
+
+
+@given(any_text, st.sampled_from(["name", "runAsUser", "handler", "arg", "command"]))
+def test_every_text_of_a_step(text, where):
+    action = {"name": "a", "type": "runHandler", "input": {"handler": "h", "args": []}}
+    if where == "command":
+        action |= {"type": "runCommand", "input": {"command": text}}
+    elif where in ("name", "runAsUser"):
+        action[where] = text
+    else:
+        action["input"] = {"handler": "h", "args": [text]} if where == "arg" else {"handler": text}
+    bad = "\0" in text or any("\ud800" <= c <= "\udfff" for c in text)
+    try:
+        parse({"version": "1.0", "steps": [{"action": action}]})
+    except RefusedError as error:
+        assert bad or error.code == "bad_document"
+        error.message.encode()
+    else:
+        assert not bad
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),

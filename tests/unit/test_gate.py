@@ -1,10 +1,14 @@
 """Judging a trial: what passes was well without a break, what fails early did harm for long."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.updates.gate import LONGEST_GAP_S, Check, Seen, Terms, harmful_after_s, judge
+from agent.updates import gate as gates
+from agent.updates.gate import LONGEST_GAP_S, Check, Gate, Seen, Terms, harmful_after_s, judge
 
 TERMS = Terms(started=100.0, stable_for_s=20, deadline_s=120)
 HARMFUL_S = harmful_after_s(TERMS.stable_for_s)
@@ -35,6 +39,58 @@ def test_all_well():
     assert verdict.passed
     assert at == 121
     assert "images, probe" in verdict.reasons[0]
+
+
+def test_only_what_was_judged_is_claimed():
+    claim = "images judged by rate only: front: 3 pictures measured before the change"
+    rate_only = Check("images", True, "", "capture_worse", HARMFUL_S, held_as=claim)
+    _, verdict, _ = play([(1, [rate_only, probe(True)])] * 200)
+    assert verdict.reasons == (f"held for 20 s: probe; {claim}",)
+
+
+class Images:
+    def __init__(self, judged="pictures", lacks=()):
+        self.lacks = list(lacks)
+        self.verdict = SimpleNamespace(assessed=9, ok=True, waiting=False, reasons=["front: why"], judged=judged)
+
+    def lacking(self):
+        return self.lacks.pop(0) if self.lacks else ""
+
+    def reference(self):
+        assert not self.lacks
+        return {}
+
+    def compare(self, reference, since):
+        return self.verdict
+
+
+@pytest.mark.parametrize(
+    ("judged", "words"),
+    [
+        ("pictures", "held for 0.05 s: images"),
+        ("partly", "held for 0.05 s: nothing to look at; images judged in part: front: why"),
+        ("rate", "held for 0.05 s: nothing to look at; images judged by rate only: front: why"),
+        ("nothing", "held for 0.05 s: nothing to look at; images not judged: front: why"),
+    ],
+)
+async def test_the_end_says_by_what_images_were_judged(judged, words):
+    gate = Gate(None, Images(judged), lambda: False)
+    verdict = await gate.watch(await gate.baseline(), since=time.monotonic(), stable_for_s=0.05, deadline_s=60)
+    assert verdict.reasons == (words,)
+
+
+async def test_the_baseline_waits_for_a_reference_and_says_so(monkeypatch):
+    monkeypatch.setattr(gates, "WAIT_LOOK_S", 0.001)
+    said = []
+
+    async def say(words):
+        said.append(words)
+
+    lacks = ["front: 5 of 16 pictures measured"] * 3 + ["front: 6 of 16 pictures measured"]
+    images_before = Images(lacks=lacks)
+    await Gate(None, images_before, lambda: False).baseline(on_wait=say)
+    assert images_before.lacks == []
+    assert said == [f"watching the images before the change: {words}" for words in (lacks[0], lacks[3])]
 
 
 def test_a_blip_starts_the_time_again():

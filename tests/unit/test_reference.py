@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.capture import kept
 from agent.capture.image_quality import REGIONS, Measures
 from agent.capture.reference import HISTORY_SAMPLES, Baseline, Comparison, History, compare_source, join
 from agent.settings import Capture
@@ -207,11 +208,128 @@ def test_a_source_silent_before_is_not_required() -> None:
     camera.now += 100
     reference = camera.reference()
     assert not reference["flowing"]
+    assert reference["silent"]
     camera.now += 100
     verdict = camera.compare(reference, camera.now - 100)
     assert verdict.ok
     assert not verdict.waiting
+    assert verdict.judged == "nothing"
     assert "silent before" in verdict.reasons[0]
+
+
+def test_a_source_never_known_to_be_silent_must_deliver() -> None:
+    camera = Camera()
+    camera.now += 3
+    reference, since = camera.reference(), camera.now
+    assert not reference["flowing"]
+    assert not reference["silent"]
+    assert camera.compare(reference, since).waiting
+    camera.now += 31
+    verdict = camera.compare(reference, since)
+    assert not verdict.ok
+    assert not verdict.waiting
+    assert "no image" in verdict.reasons[0]
+    camera.deliver(3)
+    verdict = camera.compare(reference, since)
+    assert verdict.ok
+    assert verdict.judged == "nothing"
+    camera.now += 100
+    assert not camera.compare(reference, since).ok
+
+
+def test_by_what_images_were_judged() -> None:
+    camera = Camera()
+    camera.deliver(15)
+    reference, since = camera.reference(), camera.now
+    camera.deliver(12)
+    assert camera.compare(reference, since).judged == "rate"
+    reference, since = camera.reference(), camera.now
+    camera.deliver(12)
+    assert camera.compare(reference, since).judged == "pictures"
+    pictures, rate, nothing = (Comparison(9, True, False, [], by) for by in ("pictures", "rate", "nothing"))
+    assert join([pictures, pictures]).judged == "pictures"
+    assert join([pictures, nothing]).judged == join([pictures, rate]).judged == "partly"
+    assert join([rate, nothing]).judged == "rate"
+    assert join([nothing]).judged == join([]).judged == "nothing"
+
+
+@pytest.mark.parametrize(("interval_s", "most_s"), [(0.1, 60), (1, 60), (10, 200), (86400, 3600)])
+def test_the_wait_for_a_reference_is_no_longer_than_needed(interval_s: float, most_s: float) -> None:
+    camera = Camera(interval_s)
+    asked = camera.now
+    lacking = lambda: camera.history.lacking(asked, camera.now, interval_s)  # noqa: E731
+    assert "no image" in lacking()
+    camera.deliver(15)
+    if camera.now - asked < most_s:
+        assert "15 of 16" in lacking()
+        camera.deliver(1)
+    assert lacking() == ""
+    stalled = Camera(interval_s)
+    stalled.deliver(3)
+    asked = stalled.now
+    stalled.now += max(3 * interval_s, 60) + 1
+    assert stalled.history.lacking(asked, stalled.now, interval_s) == ""
+    unmeasured = Camera(interval_s)
+    asked = unmeasured.now
+    while unmeasured.now - asked <= most_s:
+        unmeasured.deliver(1, None)
+    assert unmeasured.history.lacking(asked, unmeasured.now, interval_s) == ""
+
+
+def keep(camera: Camera) -> dict[str, Any]:
+    document = kept.as_json(
+        camera.history, now=camera.now, at=camera.now + 1.7e9, boot_id="a", interval_s=camera.interval_s, place="/x"
+    )
+    copy: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
+    return copy
+
+
+def restart(document: dict[str, Any], *, now: float, at: float, boot_id: str = "a", **other: Any) -> Camera:
+    camera = Camera(other.pop("interval_s", 1.0))
+    camera.now = now
+    camera.history = History(now)
+    arguments = {"interval_s": camera.interval_s, "place": "/x", **other}
+    kept.restore(camera.history, document, now=now, at=at, boot_id=boot_id, **arguments)
+    return camera
+
+
+def test_a_restart_keeps_the_reference_and_it_is_not_taken_for_flowing() -> None:
+    camera, before, _ = after_a_minute()
+    document = keep(camera)
+    again = restart(document, now=camera.now + 20, at=0)
+    reference = again.reference()
+    assert reference["samples"] == 60
+    assert reference["rate_hz"] == before["rate_hz"]
+    assert reference["sharpness"] == before["sharpness"] | {"samples": 60}
+    assert not reference["flowing"]
+    assert "no image" in again.history.lacking(again.now, again.now, 1.0)
+    again.deliver(1)
+    assert again.history.lacking(again.now, again.now, 1.0) == ""
+    reference, since = again.reference(), again.now
+    again.deliver(10, measures(sharpness=0.1))
+    assert "blurred" in again.compare(reference, since).reasons[0]
+
+
+def test_a_reboot_goes_by_the_wall_clock_and_what_is_old_or_of_another_source_is_left() -> None:
+    camera, _, _ = after_a_minute()
+    document = keep(camera)
+    at = camera.now + 1.7e9
+    assert restart(document, now=5, at=at + 60, boot_id="b").reference()["samples"] == 60
+    assert restart(document, now=5, at=at + 3700, boot_id="b").reference()["samples"] == 0
+    assert restart(document, now=5, at=at - 60, boot_id="b").reference()["samples"] == 0
+    assert restart(document, now=camera.now + 3700, at=at).reference()["samples"] == 0
+    assert restart(document, now=camera.now + 5, at=at, place="/y").reference()["samples"] == 0
+    assert restart(document, now=camera.now + 5, at=at, interval_s=2.0).history.kept_rate_hz == 0
+
+
+def test_what_is_kept_is_small_and_what_a_change_spoilt_is_forgotten() -> None:
+    camera = Camera()
+    camera.deliver(3000)
+    assert len(json.dumps(keep(camera))) < 16_000
+    since = camera.now
+    camera.deliver(10, measures(mean=20))
+    camera.history.forget(since, camera.now)
+    assert camera.reference()["luma"]["p2"] == 110
 
 
 def test_a_dark_night_before_is_no_reason_after() -> None:

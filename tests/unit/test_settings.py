@@ -37,6 +37,51 @@ def test_an_empty_file_is_all_defaults(tmp_path):
         ("[telemetry]\ntopic_prefix = 'a/#'", "telemetry.topic_prefix"),
         ("thing_name = 'a b'", "thing_name"),
         ("a = [", "not valid TOML"),
+        ("a = " + "1" * 5000, "not valid TOML"),
+        ("a = " + "[" * 100_000, "not valid TOML"),
+        ("'a\\nb' = 1".replace("'", '"'), "a\\nb: unknown key"),
+        (
+            "[paths]\nstate_dir = 'state'",
+            "paths.state_dir: give an absolute path, one that begins with / (got 'state')",
+        ),
+        ("[paths]\nstate_dir = ''", "paths.state_dir: give an absolute path"),
+        ("[paths]\nruntime_dir = './run'", "paths.runtime_dir: give an absolute path"),
+        ("[paths]\nruntime_dir = '~/run'", "paths.runtime_dir: give an absolute path"),
+        ('[paths]\nstate_dir = "/a\\u0000b"', "paths.state_dir: has a NUL character"),
+        ("[cloud]\nca_file = 'ca.pem'", "cloud.ca_file: give an absolute path"),
+        ("[cloud]\ncertificate_file = 'c.pem'", "cloud.certificate_file: give an absolute path"),
+        ("[provisioning]\nclaim_private_key_file = 'c'", "provisioning.claim_private_key_file: give an absolute"),
+        ("[jobs]\nhandler_dir = 'handlers'", "jobs.handler_dir: give an absolute path"),
+        ("[updates]\nkeys_dir = 'keys'", "updates.keys_dir: give an absolute path"),
+        ("[updates.targets.p]\ninstaller = 'app'\nroot = 'p'", "updates.targets.p.root: give an absolute path"),
+        ("[config.targets.p]\npath = 'p.json'", "config.targets.p.path: give an absolute path"),
+        ("[config.targets.p]\npath = '/p'\nschema_file = 's'", "config.targets.p.schema_file: give an absolute"),
+        ("[capture.sources.front]\ndirectory = 'images'", "capture.sources.front.directory: give an absolute path"),
+        (
+            "[capture.sources]\nfront = {directory = '/x'}\nback = {directory = '/x/../x/'}",
+            "capture: sources front and back have the same directory and pattern",
+        ),
+        (
+            "[updates.targets]\na = {installer = 'app', root = '/x'}\nb = {installer = 'app', root = '/x/'}",
+            "updates: targets a and b have the same root",
+        ),
+        ("[config.targets]\na = {path = '/x'}\nb = {path = '/./x'}", "config: targets a and b have the same path"),
+        ("[cloud]\nendpoint = 'https://h.example'", "cloud.endpoint: give the host name only"),
+        ("[cloud]\nendpoint = 'h.example/mqtt'", "cloud.endpoint: give the host name only"),
+        ("[cloud]\nendpoint = 'h.example:8883'", "cloud.endpoint: give the host name only"),
+        ("[cloud]\nendpoint = ' h.example'", "cloud.endpoint: give the host name only"),
+        (f"[paths]\nruntime_dir = '/{'r' * 98}'", "too long: the path of api.sock in it has 108 bytes, at most 107"),
+        (f"[paths]\nruntime_dir = '/{'ü' * 50}'", "too long: the path of api.sock in it has 110 bytes"),
+        ("[capture.sources.a]\ndirectory = '/x'\ninterval_s = 1e-300", "greater than or equal to 0.01"),
+        ("[capture.sources.a]\ndirectory = '/x'\ninterval_s = nan", "capture.sources.a.interval_s"),
+        ("[capture]\nslow_ratio = 1e-300", "capture.slow_ratio"),
+        ("[capture]\nblur_drop = 1e-300", "capture.blur_drop"),
+        ("[telemetry]\nbacklog_per_s = 1e-300", "telemetry.backlog_per_s"),
+        ("[telemetry]\noutbox_max_bytes = 9223372036854775808", "telemetry.outbox_max_bytes"),
+        ("[telemetry]\noutbox_max_age_s = 9223372036854775807", "telemetry.outbox_max_age_s"),
+        ("[updates.targets.p]\ninstaller = 'deb'\nprobe = ['']", "updates.targets.p.probe: give the program"),
+        ('[config.targets.p]\npath = "/x"\napply = ["a\\u0000"]', "config.targets.p.apply"),
+        ("[updates.targets.p]\ninstaller = 'deb'\nunit = 'a b'", "updates.targets.p.unit"),
     ],
 )
 def test_a_mistake_names_the_key_and_the_file(tmp_path, text, said):
@@ -45,6 +90,26 @@ def test_a_mistake_names_the_key_and_the_file(tmp_path, text, said):
     assert said in caught.value.message
     assert str(tmp_path / "agent.toml") in caught.value.message
     assert "\n" not in caught.value.message.replace(text, "")
+
+
+def test_what_is_near_a_mistake_and_is_none(tmp_path):
+    loaded = load(
+        tmp_path,
+        f"""
+        [cloud]
+        endpoint = "::1"
+        [paths]
+        runtime_dir = "/{"r" * 97}"
+        [updates.targets]
+        a = {{installer = "deb"}}
+        b = {{installer = "deb", unit = "b@1.service"}}
+        [capture.sources]
+        front = {{directory = "/x", pattern = "front-*.jpg", interval_s = 0.01}}
+        back = {{directory = "/x", pattern = "back-*.jpg"}}
+        """,
+    )
+    assert len(str(loaded.api_socket)) == 107
+    assert list(loaded.capture.sources) == ["front", "back"]
 
 
 def test_every_mistake_is_named_at_once(tmp_path):

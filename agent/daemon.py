@@ -110,7 +110,7 @@ class Daemon:
         """Every long-running task, in one list."""
         settings, parts = self._settings, self._parts
         folders = [source.directory for source in settings.capture.sources.values()]
-        parts.capture = Capture(settings.capture.sources, settings.capture, on_event=self._note)
+        parts.capture = Capture(settings.capture.sources, settings.capture, on_event=self._note, store=self._store)
         parts.health = Health(
             settings.paths.state_dir,
             folders,

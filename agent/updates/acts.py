@@ -131,14 +131,17 @@ class Acts:
         told = time.monotonic()
         saves: set[asyncio.Task[None]] = set()
 
-        def tell(done: int) -> None:
+        def say(words: str) -> None:
             nonlocal told
+            self._on_state(State.DOWNLOADING, words)
             if time.monotonic() - told >= PROGRESS_EVERY_S and not saves:
                 told = time.monotonic()
-                words = f"downloaded {100 * done // manifest.size} % of {manifest.size} bytes"
                 save = asyncio.create_task(self._job.save(copy.deepcopy(self._progress), words))
                 saves.add(save)
                 save.add_done_callback(saves.discard)
+
+        def tell(done: int) -> None:
+            say(f"downloaded {100 * done // manifest.size} % of {manifest.size} bytes")
 
         async def fresh_urls() -> list[str]:
             return list((await self._job.fresh_document())["urls"])
@@ -153,6 +156,7 @@ class Acts:
                 fresh_urls=fresh_urls,
                 limits=around.limits,
                 on_progress=tell,
+                on_wait=say,
             )
         finally:
             if saves:

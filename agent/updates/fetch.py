@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from agent.errors import CloudError, FailedError, RefusedError
+from agent.host.threads import to_end
 from agent.logs import get_logger, redact
 from agent.updates.addresses import is_usable, redirected
 from agent.updates.part import Part
-from agent.updates.threads import to_end
 
 if TYPE_CHECKING:
     import aiohttp

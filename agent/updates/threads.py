@@ -1,5 +1,0 @@
-"""See `agent.host.threads`."""
-
-from agent.host.threads import to_end
-
-__all__ = ["to_end"]

@@ -58,7 +58,7 @@ def test_sizes(count, text):
 
 
 def test_times_are_local_and_name_their_zone(monkeypatch):
-    monkeypatch.setenv("TZ", "Europe/Paris")
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")  # needs no tzdata
     time.tzset()
     try:
         assert output.moment(1_700_000_000) == "2023-11-14 23:13:20 CET"

@@ -29,3 +29,17 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
 settings.register_profile("camera-agent", deadline=None, print_blob=True)
 settings.load_profile("camera-agent")
 logs.configure("json", "debug")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the tests that enumerate faults printed: how many points each has tried."""
+    lines = [
+        f"{report.nodeid.split('::')[-1]}: {line}"
+        for report in terminalreporter.stats.get("passed", [])
+        for line in report.capstdout.splitlines()
+        if line[:1].isdigit() or " tried" in line or line.startswith("killed at")
+    ]
+    if lines:
+        terminalreporter.section("points tried")
+        for line in lines:
+            terminalreporter.line(line)

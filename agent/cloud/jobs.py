@@ -17,7 +17,6 @@ from agent.logs import get_logger, redact
 MAX_DETAILS = 10
 MAX_DETAIL_KEY = 128
 MAX_DETAIL_VALUE = 1024
-PLACEHOLDER = "${aws:iot:"
 MILLISECONDS_FROM = 100_000_000_000
 
 log = get_logger("cloud.jobs")
@@ -159,19 +158,6 @@ def sanitise(details: Mapping[str, Any]) -> dict[str, str]:
         if len(accepted) == MAX_DETAILS:
             break
     return accepted
-
-
-def surviving_placeholder(document: Any) -> str:
-    """The first string of a job document with a `${aws:iot:…}` that AWS IoT did not replace; empty when there is none."""
-    if isinstance(document, str):
-        return document if PLACEHOLDER in document else ""
-    if isinstance(document, Mapping):
-        parts: list[Any] = [*document.keys(), *document.values()]
-    elif isinstance(document, list):
-        parts = document
-    else:
-        return ""
-    return next((found for found in map(surviving_placeholder, parts) if found), "")
 
 
 def seconds(value: Any) -> float | None:

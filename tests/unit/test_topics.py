@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.cloud import topics
-from agent.cloud.jobs import parse_execution, sanitise, seconds, surviving_placeholder
+from agent.cloud.jobs import parse_execution, sanitise, seconds
 from agent.cloud.offline import Diagnosis, Facts, Failure, History, Pace, diagnose, wait_s
 
 LONGEST_THING = "t" * 128
@@ -170,13 +170,6 @@ def test_times_are_seconds_and_milliseconds_are_tolerated():
     assert seconds(1767225600123) == 1767225600.123
     assert seconds("x") is None
     assert seconds(True) is None
-
-
-def test_placeholders_that_survived_are_found_at_any_depth():
-    url = "${aws:iot:s3-presigned-url:https://s3.eu-west-1.amazonaws.com/b/k}"
-    assert surviving_placeholder({"a": [{"urls": ["https://x", url]}]}) == url
-    assert surviving_placeholder({url: 1}) == url
-    assert surviving_placeholder({"a": ["https://x?aws:iot", 1, None]}) == ""
 
 
 FACTS = Facts("x.iot.example", 8883, "cam-7", "ab" * 32, 1000.0, 2000.0, True, 1500.0)

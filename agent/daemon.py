@@ -309,6 +309,9 @@ class ConfigurationGate:
     def __init__(self, update: Update) -> None:
         self._gate = update.gate
 
+    async def settled(self) -> None:
+        await self._gate.settled()
+
     async def reference(self) -> dict[str, Any]:
         return await self._gate.baseline()
 

@@ -22,7 +22,7 @@ from agent.capture.reference import MINIMUM_SAMPLES, Comparison, History, compar
 from agent.capture.sources import FolderSource
 from agent.capture.window import Window
 from agent.errors import AgentError
-from agent.host.clock import boot_id
+from agent.host.clock import boot_id, clock_synchronised
 from agent.host.threads import leavable
 from agent.logs import get_logger
 from agent.settings import Capture as CaptureSettings
@@ -194,6 +194,7 @@ class _Source:
             boot_id=boot,
             interval_s=self.interval_s,
             place=printable(str(self._directory)),
+            clock_believed=clock_synchronised() is True,
         )
 
     def live(self) -> dict[str, Any]:

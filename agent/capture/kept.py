@@ -44,12 +44,17 @@ def restore(
     boot_id: str,
     interval_s: float,
     place: str,
+    clock_believed: bool,
 ) -> int:
     """Put what `as_json` kept before what `history` holds; the number of pictures taken over.
+
+    What another boot kept counts only while the clock is believed: without one, a night could be judged by the day.
 
     Raises KeyError, TypeError, ValueError or IndexError for a document of another form.
     """
     if kept["schema"] != SCHEMA or kept["place"] != place:
+        return 0
+    if kept["boot_id"] != boot_id and not clock_believed:
         return 0
     elapsed = now - kept["now"] if kept["boot_id"] == boot_id else at - kept["at"]
     horizon = horizon_s(interval_s)

@@ -39,8 +39,12 @@ LONGEST_BACK_OFF_S = 300.0
 
 
 class Gate(Protocol):
-    """Judges a change by the images: `reference` before it, then `watch` until it held or failed, with the reasons."""
+    """Judges a change by the images: `reference` before it, then `watch` until it held or failed, with the reasons.
 
+    `settled` waits, a long time where images are rare, until a reference can be had or it is plain that there is none.
+    """
+
+    async def settled(self) -> None: ...
     async def reference(self) -> dict[str, Any]: ...
     async def watch(
         self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float
@@ -83,6 +87,7 @@ class Configuration:
         self._components = Components(settings, units, apply_agent)
         self._wanted = Desired()
         self._judged = ""
+        self._waits_for = ""
         self._seen = -1
         self._connected = False
         self._room = reported.SHADOW_BYTES
@@ -129,7 +134,8 @@ class Configuration:
             name, version, problems = kept.refused.state, kept.refused.version, kept.refused.problems
         else:
             name, version, problems = "applied", kept.good.version, ()
-        return {"state": name, "desired_version": version, "errors": [problem.as_json() for problem in problems]}
+        state = {"state": name, "desired_version": version, "errors": [problem.as_json() for problem in problems]}
+        return state | ({"waits_for": self._waits_for} if self._waits_for else {})
 
     def wanted(self) -> dict[str, Any]:
         """What the shadow asks for, as far as it could be read: `agent` and `targets`."""
@@ -233,12 +239,30 @@ class Configuration:
         if candidate is None or plan is None or problems:
             await self._reject(digest, version, problems)
             return True
+        if (plan.gated or plan.connectivity) and not await self._settled():
+            self._judged = ""
+            return False
         async with self._lock:
             if self._wake.is_set():
                 self._judged = ""
                 return False
             await self._try(candidate, plan, version)
         return True
+
+    async def _settled(self) -> bool:
+        """Wait for a reference of the images, while nothing is locked; False when something newer may be wanted by now."""
+        waiting, woken = asyncio.create_task(self._gate.settled()), asyncio.create_task(self._wake.wait())
+        self._waits_for = "watching the images before the change"
+        try:
+            await asyncio.wait({waiting, woken}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                waiting.result()
+            return waiting.done()
+        finally:
+            self._waits_for = ""
+            waiting.cancel()
+            woken.cancel()
+            await asyncio.gather(waiting, woken, return_exceptions=True)
 
     async def _reject(self, digest: str, version: int, problems: list[Problem]) -> None:
         before = self._kept.refused
@@ -262,8 +286,8 @@ class Configuration:
     async def _try(self, candidate: Candidate, plan: Plan, version: int) -> None:
         gated = plan.gated or plan.connectivity
         try:
-            previous = await self._components.contents(plan.targets)
             reference = await self._gate.reference() if gated else {}
+            previous = await self._components.contents(plan.targets)
         except AgentError as error:
             await self._reject(candidate.desired.digest, version, [Problem("", error.message, error.code)])
             return

@@ -18,6 +18,8 @@ from typing import Any
 
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "CANCELED", "REMOVED"})
 MAX_STARTS = 8
+HARD_MAX_STARTS = 64
+"""Beyond it even an operation that has begun something is given up: better a wrong end than a loop without one."""
 
 
 class Phase(StrEnum):
@@ -180,6 +182,9 @@ def _running(record: Record, event: Event) -> tuple[Record, Effect]:
         case Unclear():
             return record, Effect.DESCRIBE
         case Restarted(at):
+            if MAX_STARTS <= record.starts < HARD_MAX_STARTS and record.progress:
+                # What it has begun is the operation's to take back: it is asked to stop where it safely can.
+                return replace(record, starts=record.starts + 1, stop_requested=True), Effect.RUN
             if record.starts >= MAX_STARTS:
                 message = f"the agent was restarted {record.starts} times during this job"
                 details = {"reason_code": "restarted_too_often", "message": message}

@@ -189,7 +189,7 @@ class Acts:
     async def note_what_runs(self) -> None:
         """Keep in the record what there is before the switch, for the trial and for going back."""
         target = self._target
-        baseline = await self._around.gate.baseline(probe=target.probe, unit=target.unit, on_wait=self.tell_wait)
+        baseline = await self._around.gate.baseline(probe=target.probe, unit=target.unit)
         link, before = await to_end(self._installer.running)
         version = before.version if before else ""
         self._progress.update({"from": link, "from_version": version, "baseline": baseline, "boots": 0})

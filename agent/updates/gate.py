@@ -166,15 +166,8 @@ class Gate:
                 await on_wait(f"watching the images before the change: {lacking}")
             await asyncio.sleep(WAIT_LOOK_S)
 
-    async def baseline(
-        self,
-        *,
-        probe: Sequence[str] | None = None,
-        unit: str = "",
-        on_wait: Callable[[str], Awaitable[None]] = _log_only,
-    ) -> dict[str, Any]:
-        """How things are just before a change, as JSON for `watch`; waits for a reference of the images, see `settled`."""
-        await self.settled(on_wait)
+    async def baseline(self, *, probe: Sequence[str] | None = None, unit: str = "") -> dict[str, Any]:
+        """How things are just before a change, as JSON for `watch`; `settled` first."""
         return {
             "capture": self._capture.reference() if self._capture else None,
             "cloud": self._cloud_ok(),

@@ -96,7 +96,7 @@ def resume(state: State, seen: Seen) -> State:
     if state is State.INSTALLING and seen.slot in ("absent", "partial"):
         return state if seen.attempts < MAX_INSTALLS else State.FAILED
     if state is State.INSTALLING:
-        return State.ARMED
+        return state
     if state is State.RESTARTING and seen.boot_changed:
         return State.TRIAL if seen.slot == "active" else State.ROLLING_BACK
     if state is State.RESTARTING:

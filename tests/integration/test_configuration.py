@@ -112,6 +112,8 @@ class Camera:
         self.watching = asyncio.Event()
         self.release: asyncio.Event | None = None
         self.references = self.watched = 0
+        self.may_settle = asyncio.Event()
+        self.may_settle.set()
         self.applied: list[Settings] = []
         self.agent_error: Exception | None = None
         self.remote = schema.remote
@@ -193,6 +195,9 @@ class Camera:
 
     async def state(self, unit: str) -> UnitState:
         return self.site.unit
+
+    async def settled(self) -> None:
+        await self.may_settle.wait()
 
     async def reference(self) -> dict[str, Any]:
         self.references += 1
@@ -285,6 +290,26 @@ async def test_a_good_document_is_tried_and_stays(site: Site) -> None:
         await again.quiet()
         assert again.watched == 0
         assert_a(site, again)
+
+
+async def test_the_wait_for_a_reference_locks_nothing_and_ends_when_something_else_is_wanted(site: Site) -> None:
+    cloud = ShadowCloud()
+    async with running(site, cloud) as camera:
+        camera.may_settle.clear()
+        cloud.want({"targets": {"pipeline": {"fps": 2}}})
+        async with asyncio.timeout(20):
+            while "waits_for" not in camera.configuration.state():
+                await asyncio.sleep(0.01)
+        assert not camera.lock.locked()
+        assert camera.references == 0
+        edited = json.dumps({"fps": 7}).encode()
+        await asyncio.to_thread(site.pipeline.write_bytes, edited)
+        cloud.want({"targets": {"pipeline": {"fps": 3}}})
+        camera.may_settle.set()
+        camera.verdict = lambda: ["the images are dark"]
+        await camera.until("reverted")
+        assert camera.references == 1
+        assert await asyncio.to_thread(site.pipeline.read_bytes) == edited, "what was edited meanwhile is put back"
 
 
 async def test_log_level_and_telemetry_apply_live_without_a_trial(site: Site) -> None:

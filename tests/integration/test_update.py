@@ -416,6 +416,23 @@ async def test_the_wait_for_a_reference_goes_on_after_a_cut(running, monkeypatch
     assert again.progress["baseline"]["capture"] is not None
 
 
+async def test_a_cancel_during_the_wait_counts_after_a_cut_too(running, monkeypatch):
+    monkeypatch.setattr(gates, "WAIT_LOOK_S", 0.001)
+    running.capture.lacks = ["front: no image seen yet"]
+    job = FakeJob(running.document("2.0"), running.store)
+    job.cut_after = list(State).index(State.INSTALLING) + 1
+    with pytest.raises(PowerCutError):
+        await running.update.run(job)
+    running.start()
+    again = FakeJob(job.document, running.store, job.progress)
+    running.capture.asked.clear()
+    task = asyncio.create_task(running.update.run(again))
+    await running.capture.asked.wait()
+    again.cancelled.set()
+    assert (await failing(task)).code == "cancelled"
+    assert len(running.slots()) == 1
+
+
 async def test_cancel_is_too_late_on_trial(running):
     job = FakeJob(running.document("2.0"), running.store)
     save = job.save

@@ -79,7 +79,7 @@ async def test_the_end_says_by_what_images_were_judged(judged, words):
     assert verdict.reasons == (words,)
 
 
-async def test_the_baseline_waits_for_a_reference_and_says_so(monkeypatch):
+async def test_a_reference_is_waited_for_and_it_says_so(monkeypatch):
     monkeypatch.setattr(gates, "WAIT_LOOK_S", 0.001)
     said = []
 
@@ -88,7 +88,7 @@ async def test_the_baseline_waits_for_a_reference_and_says_so(monkeypatch):
 
     lacks = ["front: 5 of 16 pictures measured"] * 3 + ["front: 6 of 16 pictures measured"]
     images_before = Images(lacks=lacks)
-    await Gate(None, images_before, lambda: False).baseline(on_wait=say)
+    await Gate(None, images_before, lambda: False).settled(say)
     assert images_before.lacks == []
     assert said == [f"watching the images before the change: {words}" for words in (lacks[0], lacks[3])]
 

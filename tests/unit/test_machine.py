@@ -1,11 +1,13 @@
 """The job machine: every phase with every event, and random histories against a model of the cloud."""
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.jobs.machine import (
+    HARD_MAX_STARTS,
     MAX_STARTS,
     TERMINAL,
     Done,
@@ -84,6 +86,17 @@ def test_restarts_in_a_job_are_counted_and_end():
     assert starts == MAX_STARTS
     assert effect is Effect.REPORT
     assert record.details["reason_code"] == "restarted_too_often"
+
+
+def test_an_operation_that_has_begun_something_is_asked_to_take_it_back_before_it_is_given_up():
+    record, effect = advance(received(), Took(2))
+    record = replace(record, progress={"state": "TRIAL"})
+    asked = 0
+    while effect is Effect.RUN:
+        record, effect = advance(record, Restarted(1.0))
+        asked += effect is Effect.RUN and record.stop_requested
+    assert asked == HARD_MAX_STARTS - MAX_STARTS
+    assert effect is Effect.REPORT
 
 
 def test_a_cancelled_job_reports_nothing_when_it_has_stopped():

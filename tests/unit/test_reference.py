@@ -288,9 +288,18 @@ def restart(document: dict[str, Any], *, now: float, at: float, boot_id: str = "
     camera = Camera(other.pop("interval_s", 1.0))
     camera.now = now
     camera.history = History(now)
-    arguments = {"interval_s": camera.interval_s, "place": "/x", **other}
+    arguments = {"interval_s": camera.interval_s, "place": "/x", "clock_believed": True, **other}
     kept.restore(camera.history, document, now=now, at=at, boot_id=boot_id, **arguments)
     return camera
+
+
+def test_what_another_boot_kept_counts_only_while_the_clock_is_believed() -> None:
+    camera, _, _ = after_a_minute()
+    document = keep(camera)
+    later = {"now": 5.0, "at": camera.now + 1.7e9 + 12, "boot_id": "b"}
+    assert restart(document, **later).history.pictures
+    assert not restart(document, **later, clock_believed=False).history.pictures
+    assert restart(document, now=camera.now + 20, at=0, clock_believed=False).history.pictures, "the same boot"
 
 
 def test_a_restart_keeps_the_reference_and_it_is_not_taken_for_flowing() -> None:

@@ -90,7 +90,8 @@ def test_limits():
     assert resume(State.RESTARTING, Seen("active", boot_changed=True)) is State.TRIAL
     assert resume(State.INSTALLING, Seen("partial")) is State.INSTALLING
     assert resume(State.INSTALLING, Seen("partial", attempts=2)) is State.FAILED
-    assert resume(State.INSTALLING, Seen("staged", attempts=2)) is State.ARMED
+    assert resume(State.INSTALLING, Seen("staged", attempts=2)) is State.INSTALLING  # it waits there for a reference
+    assert resume(State.INSTALLING, Seen("staged", cancelled=True)) is State.FAILED
 
 
 def test_a_lost_record():

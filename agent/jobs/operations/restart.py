@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
-from agent.errors import RefusedError
+from agent.errors import FailedError, RefusedError
 
 
 class Job(Protocol):
@@ -16,6 +16,8 @@ class Job(Protocol):
     def document(self) -> Mapping[str, Any]: ...
     @property
     def progress(self) -> dict[str, Any]: ...
+    @property
+    def cancelled(self) -> asyncio.Event: ...
     async def save(self, progress: dict[str, Any], message: str) -> None: ...
 
 
@@ -50,8 +52,11 @@ class Restart:
     async def run(self, job: Job) -> dict[str, str]:
         target = job.document["target"]
         if target != "agent":
-            async with self._mutation_lock:
+            await self._lock(job)
+            try:
                 await self._targets[target]()
+            finally:
+                self._mutation_lock.release()
             return {"message": f"{target} was restarted"}
         before = job.progress.get("instance")
         if before is None or before == self._instance:
@@ -59,3 +64,19 @@ class Restart:
             self._restart_agent()
             await asyncio.Event().wait()  # ends with this process
         return {"message": "the agent was restarted"}
+
+    async def _lock(self, job: Job) -> None:
+        """Wait for the end of another change. Raises FailedError when the job is cancelled meanwhile."""
+        locking = asyncio.create_task(self._mutation_lock.acquire())
+        cancelled = asyncio.create_task(job.cancelled.wait())
+        try:
+            await asyncio.wait({locking, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cancelled.cancel()
+            if not locking.done():
+                locking.cancel()
+            await asyncio.gather(locking, cancelled, return_exceptions=True)
+        if locking.cancelled() or job.cancelled.is_set():
+            if not locking.cancelled():
+                self._mutation_lock.release()
+            raise FailedError("cancelled", "the job was cancelled while it waited for another change to end")

@@ -1,0 +1,72 @@
+"""Operation `restart`: the proof of the agent's own, and the wait for other changes."""
+
+import asyncio
+
+import pytest
+
+from agent.errors import FailedError, RefusedError
+from agent.jobs.operations.restart import Restart
+
+
+class Job:
+    def __init__(self, target, progress=None):
+        self.document = {"target": target}
+        self.progress = progress or {}
+        self.cancelled = asyncio.Event()
+
+    async def save(self, progress, message):
+        self.progress = progress
+
+
+def build(lock=None, instance="one"):
+    calls = []
+
+    async def restart_pipeline():
+        calls.append("pipeline")
+
+    operation = Restart(
+        instance=instance,
+        restart_agent=lambda: calls.append("agent"),
+        targets={"pipeline": restart_pipeline},
+        mutation_lock=lock or asyncio.Lock(),
+    )
+    return operation, calls
+
+
+async def test_a_target_is_restarted_and_an_unknown_one_refused():
+    operation, calls = build()
+    assert (await operation.run(Job("pipeline")))["message"] == "pipeline was restarted"
+    assert calls == ["pipeline"]
+    with pytest.raises(RefusedError, match="printer"):
+        operation.check({"target": "printer"})
+
+
+async def test_the_agents_restart_is_proven_by_another_instance():
+    operation, calls = build()
+    job = Job("agent")
+    task = asyncio.create_task(operation.run(job))
+    while not calls:
+        await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()
+    successor, again = build(instance="two")
+    assert (await successor.run(Job("agent", job.progress)))["message"] == "the agent was restarted"
+    assert again == []
+
+
+async def test_it_waits_for_another_change_and_a_cancel_ends_the_wait():
+    lock = asyncio.Lock()
+    operation, calls = build(lock)
+    await lock.acquire()
+    waiting, cancelled = Job("pipeline"), Job("pipeline")
+    tasks = [asyncio.create_task(operation.run(job)) for job in (waiting, cancelled)]
+    await asyncio.sleep(0)
+    cancelled.cancelled.set()
+    with pytest.raises(FailedError) as caught:
+        await tasks[1]
+    assert caught.value.code == "cancelled"
+    assert calls == []
+    lock.release()
+    await tasks[0]
+    assert calls == ["pipeline"]
+    assert not lock.locked()

@@ -20,7 +20,7 @@ AGENTCTL = Path(sys.executable).with_name("agentctl")
 
 def cpu_ms(*argv: str, **environment: str) -> float:
     """CPU time, user and system, of a whole process."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment}, check=False
     )

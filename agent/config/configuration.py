@@ -7,7 +7,6 @@ and the shadow's `reported` says which and why. `desired` is never written.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import random
 import time
@@ -296,7 +295,7 @@ class Configuration:
             agent=candidate.desired.agent,
             targets=candidate.desired.targets,
             changed=plan.targets,
-            previous={name: _encode(content) for name, content in previous.items()},
+            previous={name: records.encode(content) for name, content in previous.items()},
             gated=gated,
             connectivity=plan.connectivity,
             stable_for_s=self._settings.config.trial_s,
@@ -328,7 +327,7 @@ class Configuration:
         """What a target's file has to hold: the wanted document, or the site's own content when the shadow left it."""
         if name in trial.targets:
             return targets.render(trial.targets[name], self._components.targets[name].format)
-        return _decode(self._kept.originals.get(name, trial.previous[name]))
+        return records.decode(self._kept.originals.get(name, trial.previous[name]))
 
     async def _prove(self, trial: Trial) -> list[Problem]:
         """What speaks against the candidate that is now in force; empty when it held."""
@@ -376,7 +375,7 @@ class Configuration:
         good = records.put_in_force(trial.desired, trial.version, self._now(), self._kept.good)
         kept = replace(self._kept, good=good, previous=self._kept.good, trial=None, refused=None)
         self._good_settings = candidate.settings
-        await self._keep(_without_stale_originals(kept), "config.applied", trial.version, [])
+        await self._keep(records.without_stale_originals(kept), "config.applied", trial.version, [])
         log.info("configuration applied", version=trial.version)
 
     async def _revert(self, trial: Trial, problems: list[Problem], touched: set[str]) -> None:
@@ -384,11 +383,11 @@ class Configuration:
         if trial.phase != "reverting":
             await self._keep(replace(self._kept, trial=trials.reverting(trial, problems)))
         names = [name for name in trial.changed if name in touched and name in self._components.targets]
-        files = {name: _decode(trial.previous[name]) for name in names}
+        files = {name: records.decode(trial.previous[name]) for name in names}
         failed = await self._components.restore(self._good_settings, files)
         reasons = [*problems, *failed]
         refused = Refused(trial.desired.digest, trial.version, "reverted", tuple(reasons))
-        kept = _without_stale_originals(replace(self._kept, trial=None, refused=refused))
+        kept = records.without_stale_originals(replace(self._kept, trial=None, refused=refused))
         await self._keep(kept, "config.reverted", trial.version, reasons)
         log.warning("configuration reverted", version=trial.version, errors=[problem.as_json() for problem in reasons])
 
@@ -407,15 +406,3 @@ class Configuration:
         await self._store.write(change)
         self._kept = kept
         self._on_change()
-
-
-def _without_stale_originals(kept: Kept) -> Kept:
-    return replace(kept, originals={n: content for n, content in kept.originals.items() if n in kept.good.targets})
-
-
-def _encode(content: bytes | None) -> str | None:
-    return None if content is None else base64.b64encode(content).decode()
-
-
-def _decode(text: str | None) -> bytes | None:
-    return None if text is None else base64.b64decode(text)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from agent.config import trial as trials
@@ -113,3 +114,18 @@ def _in_force(record: Mapping[str, Any]) -> InForce:
 
 def _refused(record: Mapping[str, Any]) -> Refused:
     return Refused(**{**record, "problems": tuple(Problem(**problem) for problem in record["problems"])})
+
+
+def without_stale_originals(kept: Kept) -> Kept:
+    """`kept` without the original files of targets that the configuration in force leaves alone."""
+    return replace(kept, originals={n: content for n, content in kept.originals.items() if n in kept.good.targets})
+
+
+def encode(content: bytes | None) -> str | None:
+    """A file's content as kept in the store; None for a file that is not there."""
+    return None if content is None else base64.b64encode(content).decode()
+
+
+def decode(text: str | None) -> bytes | None:
+    """What `encode` was given."""
+    return None if text is None else base64.b64decode(text)

@@ -1,6 +1,7 @@
 """The update from its document to its one true end, cut at every saved state, with real files, store and HTTP."""
 
 import asyncio
+import base64
 import json
 import sys
 from contextlib import asynccontextmanager
@@ -444,6 +445,32 @@ async def test_cancel_is_too_late_on_trial(running):
 
     job.save = cancel
     assert (await running.update.run(job))["version"] == "2.0"
+
+
+async def test_a_bug_in_a_trial_does_not_leave_an_unproven_version(running):
+    before = running.root.joinpath("current").readlink()
+
+    def broken(reference, since):
+        raise ValueError("a bug of ours")
+
+    compare, running.capture.compare = running.capture.compare, broken
+    job = FakeJob(running.document("2.0"), running.store)
+    assert (await failing(running.update.run(job))).code == "internal_error"
+    assert running.root.joinpath("current").readlink() == before
+    running.capture.compare = compare
+    assert (await running.update.run(FakeJob(running.document("2.0"), running.store)))["reason_code"] == "updated"
+
+
+async def test_a_refused_job_does_not_touch_the_kept_slot_of_another_version(running):
+    await running.update.run(FakeJob(running.document("2.0"), running.store))
+    kept = running.slots()
+    assert len(kept) == 2
+    for version in ("1.0", "2.0"):
+        document = running.document(version)
+        manifest = next(value for value in document.values() if isinstance(value, dict) and "signatures" in value)
+        manifest["signatures"][0]["sig"] = base64.b64encode(bytes(64)).decode()
+        await failing(running.update.run(FakeJob(document, running.store)), RefusedError)
+        assert running.slots() == kept
 
 
 async def test_a_store_that_fails_on_trial_goes_back(running):

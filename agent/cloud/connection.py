@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,10 +26,15 @@ from agent.settings import Cloud
 ALPN_PORT = 443
 ALPN = "x-amzn-mqtt-ca"
 IN_FLIGHT = 20
+PUBLISHES_PER_S, BURST = 80, 10
+"""AWS IoT drops what is above 100 a second, both directions together; awscrt's own pacing lets 128 through at first."""
 ACK_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 10.0
 ABANDON_TIMEOUT_S = 1.0
+TCP_TIMEOUT_S = 10
 NEVER_BY_ITSELF_MS = 86_400_000
+CONNECTION_OVER = ("OFFLINE_QUEUE_POLICY", "USER_REQUESTED_STOP", "CLIENT_TERMINATED", "SOCKET", "HANGUP")
+"""In awscrt's errors of operations that the end of the connection took along."""
 
 log = get_logger("cloud")
 
@@ -56,6 +61,7 @@ class Connection:
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._pending: set[asyncio.Future[Any]] = set()
         self._over = False
+        self._next_publish = 0.0
         self._client = make_client(self)
 
     @classmethod
@@ -99,7 +105,7 @@ class Connection:
     async def publish(self, topic: str, payload: bytes) -> int:
         """Send with QoS 1; the reason code of the PUBACK. Raises CloudError when the connection ends before."""
         packet = mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
-        completion = await self._operate(lambda: self._client.publish(packet))
+        completion = await self._operate(lambda: self._client.publish(packet), self._await_turn)
         return int(completion.puback.reason_code)
 
     async def subscribe(self, topic_filters: Sequence[str]) -> list[int]:
@@ -113,15 +119,30 @@ class Connection:
         self._over = True
         for future in self._pending:
             if not future.done():
-                future.set_exception(
-                    CloudError("connection_lost", "the connection broke off before the answer came", retryable=True)
-                )
+                future.set_exception(lost())
             self._slots.release()
         self._pending.clear()
 
-    async def _operate(self, begin: Callable[[], concurrent.futures.Future[Any]]) -> Any:
+    async def _await_turn(self) -> None:
+        """Spread publishes out over time."""
+        now = self._loop.time()
+        self._next_publish = max(self._next_publish, now - BURST / PUBLISHES_PER_S) + 1 / PUBLISHES_PER_S
+        if self._next_publish > now:
+            await asyncio.sleep(self._next_publish - now)
+
+    async def _operate(
+        self,
+        begin: Callable[[], concurrent.futures.Future[Any]],
+        turn: Callable[[], Awaitable[None]] | None = None,
+    ) -> Any:
         """Run a client operation. Its slot stays taken until awscrt is done with it, even when the caller gives up."""
         await self._slots.acquire()
+        try:
+            if turn and not self._over:
+                await turn()
+        except asyncio.CancelledError:
+            self._slots.release()
+            raise
         if self._over:
             self._slots.release()
             raise CloudError("offline", "the connection to AWS IoT ended before the message was sent", retryable=True)
@@ -178,12 +199,19 @@ class Connection:
         self.fail()
 
 
+def lost() -> CloudError:
+    """For what was handed over and may have arrived."""
+    return CloudError("connection_lost", "the connection broke off before the answer came", retryable=True)
+
+
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:
     if not future.done():
         future.set_result(value)
 
 
 def _operation_error(error: AwsCrtError) -> CloudError:
+    if any(word in error.name for word in CONNECTION_OVER):
+        return lost()
     if "VALIDATION" in error.name:
         return CloudError("message_not_valid", f"the message can't be sent: {error.message}")
     return CloudError("no_answer", f"AWS IoT did not answer: {error.name}", retryable=True)
@@ -244,6 +272,16 @@ def _proxy(url: str) -> Any:
     )
 
 
+def _socket_options() -> Any:
+    """With TCP's own keep-alive, so that no socket to a vanished peer stays open for ever."""
+    options = io.SocketOptions()
+    options.connect_timeout_ms = TCP_TIMEOUT_S * 1000
+    options.keep_alive = True
+    options.keep_alive_interval_secs = options.keep_alive_timeout_secs = 75
+    options.keep_alive_max_probes = 3
+    return options
+
+
 def _client_options(
     options: Options, tls: Any, connection: Connection, on_message: Callable[[str, bytes], None]
 ) -> Any:
@@ -261,7 +299,7 @@ def _client_options(
         host_name=cloud.endpoint,
         port=cloud.port,
         bootstrap=_bootstrap(),
-        socket_options=io.SocketOptions(),
+        socket_options=_socket_options(),
         tls_ctx=tls,
         http_proxy_options=_proxy(cloud.proxy_url),
         connect_options=mqtt5.ConnectPacket(

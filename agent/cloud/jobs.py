@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.cloud import topics
+from agent.cloud.seldom import Seldom
 from agent.cloud.session import Session
 from agent.errors import CloudError
 from agent.logs import get_logger, redact
@@ -18,8 +19,10 @@ MAX_DETAILS = 10
 MAX_DETAIL_KEY = 128
 MAX_DETAIL_VALUE = 1024
 MILLISECONDS_FROM = 100_000_000_000
+LARGEST_NUMBER = 2**53
 
 log = get_logger("cloud.jobs")
+seldom = Seldom(log)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class JobsClient:
             try:
                 execution = parse_execution(json.loads(payload).get("execution"))
             except (ValueError, AttributeError, RecursionError):
-                log.warning("ignored a malformed job notification", bytes=len(payload))
+                seldom.warning("ignored a malformed job notification", bytes=len(payload))
                 return
             callback(execution)
 
@@ -162,15 +165,15 @@ def sanitise(details: Mapping[str, Any]) -> dict[str, str]:
 
 def seconds(value: Any) -> float | None:
     """A time as seconds since the epoch, given in seconds or in milliseconds; None when it is neither."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > LARGEST_NUMBER:
         return None
     return value / 1000 if value >= MILLISECONDS_FROM else float(value)
 
 
 def _integer(value: Mapping[str, Any], key: str) -> int:
     number = value.get(key, 1)
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"{key} is no integer")  # noqa: TRY004
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LARGEST_NUMBER:
+        raise ValueError(f"{key} is no number that can count")
     return number
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,14 @@ TAKEN_OVER_TIMES = 3
 HANGUPS_UNTIL_NOT_AUTHORISED = 3
 REFUSALS_UNTIL_SLOW = 5
 REFUSED = 0x80
+
+HANGUP = "AWS_ERROR_MQTT_UNEXPECTED_HANGUP"
+"""The other side closed after the TLS handshake; before its end the error is AWS_IO_SOCKET_CLOSED."""
+CONNACK_REFUSED = "AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED"
+TLS_TIMEOUT = "AWS_IO_TLS_NEGOTIATION_TIMEOUT"
+SILENCE = ("TIMEOUT", "UNANSWERED")
+ON_THE_WAY = ("DNS", "SOCKET", "HTTP", "CONNECT_UNANSWERED", TLS_TIMEOUT)
+"""In the errors that come before TLS stands; with a proxy it is the proxy's doing."""
 
 REASON_CODES = {
     0x80: "unspecified error",
@@ -43,6 +51,7 @@ REASON_CODES = {
     0x9B: "QoS not supported",
     0xA1: "subscription identifiers not supported",
 }
+BLAMING_REASON_CODES = {0x80, 0x81, 0x82, 0x83, 0x87, 0x90, 0x93, 0x94, 0x95, 0x97, 0x99, 0x9B}
 PASSING_REASON_CODES = {0x80, 0x83, 0x88, 0x89, 0x8B, 0x91, 0x93, 0x96, 0x97, 0x98}
 
 
@@ -106,6 +115,8 @@ class Facts:
     certificate_until: float | None = None
     clock_synchronised: bool | None = None
     now: float = 0.0
+    proxy: str = ""
+    """Name and port of the HTTP proxy, without credentials; empty when there is none."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class History:
             self,
             attempts=1 if settled else self.attempts + 1,
             hangups=self.hangups + 1 if hangup else 0,
-            refusals=self.refusals + 1 if failure.reason_code == NOT_AUTHORISED else 0,
+            refusals=(0 if settled else self.refusals) + 1 if failure.reason_code == NOT_AUTHORISED else 0,
             takeovers=takeovers,
         )
 
@@ -144,42 +155,71 @@ class Diagnosis:
 
 def diagnose(failure: Failure, history: History, facts: Facts) -> Diagnosis:
     """What most likely keeps the camera off-line. `history` already counts `failure`."""
-    where = f"{facts.endpoint}:{facts.port}"
-    error, reason_code = failure.error, failure.reason_code
-    if reason_code is not None and reason_code >= REFUSED:
+    where, error = f"{facts.endpoint}:{facts.port}", failure.error
+    if failure.reason_code is not None and failure.reason_code >= REFUSED:
         return _diagnose_reason_code(failure, history, facts)
+    if failure.was_connected:
+        return _diagnose_loss(failure, where)
+    hung_up = _hung_up(failure)
+    tls_failed = "_TLS_" in error and error != TLS_TIMEOUT
+    if tls_failed or (hung_up and _invalid_certificate(facts)):
+        return _invalid_certificate(facts) or _diagnose_tls(facts, where)
+    if "PROXY" in error or (facts.proxy and not hung_up and any(word in error for word in ON_THE_WAY)):
+        return _diagnose_proxy(error, facts, where)
     if "DNS" in error:
         return Diagnosis(
             "dns",
             f"the name {facts.endpoint} can't be resolved",
             "check cloud.endpoint, the network cable and the DNS server of this network",
         )
-    if "PROXY" in error:
-        return Diagnosis(
-            "proxy", f"the HTTP proxy did not open a way to {where}", "check cloud.proxy_url and the proxy"
+    if hung_up and history.hangups >= HANGUPS_UNTIL_NOT_AUTHORISED:
+        return _refused(
+            f"{where} closed {history.hangups} connections in a row before answering, as AWS IoT does with a "
+            "certificate or policy it does not accept",
+            facts,
         )
-    if "TLS" in error:
-        return _diagnose_tls(facts, where)
-    if not failure.was_connected and _hung_up(failure):
-        if history.hangups >= HANGUPS_UNTIL_NOT_AUTHORISED:
-            return _refused(
-                f"{where} closed {history.hangups} connections in a row before answering, as AWS IoT does with a "
-                "certificate or policy it does not accept",
-                facts,
-            )
+    if hung_up:
         return Diagnosis("closed", f"{where} closed the connection before answering", "it is tried again by itself")
     if "SOCKET" in error:
         refused = "refused the connection" if "REFUSED" in error else "can't be reached"
         return Diagnosis("tcp", f"{where} {refused}", f"check that the firewall lets TCP port {facts.port} out")
-    if any(word in error for word in ("TIMEOUT", "UNANSWERED")):
+    if any(word in error for word in SILENCE):
         return Diagnosis(
             "no_answer",
-            f"{where} stopped answering",
-            "check the quality of the network; a lower cloud.keep_alive_s notices it sooner",
+            f"{where} takes connections but does not answer",
+            "check the quality of the network, and whether a firewall holds the connection back",
         )
-    if failure.was_connected:
-        return Diagnosis("lost", f"the connection to {where} broke off", "it is made again by itself")
+    if error == CONNACK_REFUSED:
+        return Diagnosis("refused", f"{where} refused with a reason that MQTT 5 does not know", "check cloud.endpoint")
+    if "DECODE" in error:
+        return Diagnosis("refused", f"{where} does not speak MQTT 5", "check cloud.endpoint and cloud.port")
     return Diagnosis("unknown", f"the connection to {where} failed: {error}", "see the log of the agent")
+
+
+def refused_before_connack(failure: Failure) -> bool:
+    """Whether AWS IoT may have ended the attempt because of what the CONNECT asked for, and not for a passing reason."""
+    if failure.was_connected:
+        return False
+    code = failure.reason_code
+    return (
+        failure.error == HANGUP if code is None else code >= REFUSED and code not in PASSING_REASON_CODES - {0x80, 0x83}
+    )
+
+
+def blames_a_message(failure: Failure) -> bool:
+    """Whether the connection may have been closed over what was in flight: not when it was lost, taken over or moved."""
+    if not failure.was_connected:
+        return False
+    return _hung_up(failure) if failure.reason_code is None else failure.reason_code in BLAMING_REASON_CODES
+
+
+def messages_held(held: Sequence[str], certificate_id: str) -> Diagnosis:
+    """What topics mean whose messages are held back because connections end over them."""
+    return Diagnosis(
+        "messages_held",
+        f"AWS IoT seems to close the connection over messages to {', '.join(held)}; they are sent seldom and alone now",
+        f"check that the policy of certificate {certificate_id} allows iot:Publish on them",
+    )
 
 
 def wait_s(diagnosis: Diagnosis, history: History, pace: Pace, chance: float) -> float:
@@ -234,8 +274,19 @@ def _hung_up(failure: Failure) -> bool:
     )
 
 
+def _diagnose_loss(failure: Failure, where: str) -> Diagnosis:
+    if any(word in failure.error for word in SILENCE):
+        return Diagnosis(
+            "no_answer",
+            f"{where} stopped answering",
+            "check the quality of the network; a lower cloud.keep_alive_s notices it sooner",
+        )
+    return Diagnosis("lost", f"the connection to {where} broke off", "it is made again by itself")
+
+
 def _diagnose_reason_code(failure: Failure, history: History, facts: Facts) -> Diagnosis:
     code = failure.reason_code or 0
+    ended = "closed the connection" if failure.was_connected else "refused"
     if code == NOT_AUTHORISED and not failure.was_connected:
         return _refused(f"AWS IoT does not let this certificate connect as {facts.client_id}", facts)
     if code == NOT_AUTHORISED:
@@ -254,17 +305,53 @@ def _diagnose_reason_code(failure: Failure, history: History, facts: Facts) -> D
         )
     if code in (0x85, 0x86):
         return Diagnosis("not_authorised", f"AWS IoT refused: {reason_name(code)}", "check thing_name and the policies")
+    if code == 0x8D:
+        return Diagnosis(
+            "no_answer",
+            "AWS IoT heard nothing of this camera for too long",
+            "check the quality of the network; a lower cloud.keep_alive_s keeps the connection busier",
+        )
     if code in (0x96, 0x97):
-        return Diagnosis("throttled", f"AWS IoT refused: {reason_name(code)}", "check the account's AWS IoT quotas")
+        return Diagnosis("throttled", f"AWS IoT {ended}: {reason_name(code)}", "check the account's AWS IoT quotas")
     if code in (0x88, 0x89, 0x8B, 0x98):
-        return Diagnosis("closed", f"AWS IoT closed the connection: {reason_name(code)}", "it is made again by itself")
-    return Diagnosis("refused", f"AWS IoT refused: {reason_name(code)}", "see the log of the agent")
+        return Diagnosis("closed", f"AWS IoT {ended}: {reason_name(code)}", "it is made again by itself")
+    return Diagnosis("refused", f"AWS IoT {ended}: {reason_name(code)}", "see the log of the agent")
+
+
+PROXY_PROBLEMS = {
+    "PROXY_DNS": ("its name can't be resolved", "check cloud.proxy_url and the DNS server of this network"),
+    "PROXY_UNREACHABLE": ("it can't be reached", "check cloud.proxy_url and the network"),
+    "PROXY_SILENT": ("it does not answer", "check that the proxy works, and that cloud.proxy_url is a proxy for HTTP"),
+    "PROXY_CLOSED": ("it closed the connection without an answer", "check what the proxy allows, and its log"),
+    "PROXY_NOT_HTTP": ("it does not answer as an HTTP proxy does", "check name and port in cloud.proxy_url"),
+    "PROXY_STATUS_407": ("it does not accept the credentials", "check user and password in cloud.proxy_url"),
+}
+
+
+def _diagnose_proxy(error: str, facts: Facts, where: str) -> Diagnosis:
+    tells = f"the HTTP proxy {facts.proxy} opens no way to {where}: "
+    if error in PROXY_PROBLEMS:
+        problem, hint = PROXY_PROBLEMS[error]
+        return Diagnosis("proxy", tells + problem, hint)
+    if error.startswith("PROXY_STATUS_"):
+        other = " or use 443 as cloud.port, which most proxies allow," if facts.port != 443 else ""
+        return Diagnosis(
+            "proxy",
+            f"{tells}it answers with status {error.removeprefix('PROXY_STATUS_')}",
+            f"let the proxy connect to {where}{other} and look at its log",
+        )
+    if error == TLS_TIMEOUT:
+        return Diagnosis(
+            "proxy",
+            f"the HTTP proxy {facts.proxy} opened a way to {where}, but nothing comes back through it",
+            "check what the proxy allows, and its log",
+        )
+    problem = "it does not answer" if any(word in error for word in SILENCE) else error
+    return Diagnosis("proxy", tells + problem, "check cloud.proxy_url and the proxy")
 
 
 def _refused(reason: str, facts: Facts) -> Diagnosis:
-    if facts.certificate_until is not None and facts.now > facts.certificate_until:
-        return _expired(facts)
-    return Diagnosis(
+    return _invalid_certificate(facts) or Diagnosis(
         "not_authorised",
         reason,
         f"check in AWS IoT that certificate {facts.certificate_id or 'of this camera'} is ACTIVE, attached to the thing, "
@@ -272,7 +359,16 @@ def _refused(reason: str, facts: Facts) -> Diagnosis:
     )
 
 
-def _expired(facts: Facts) -> Diagnosis:
+def _invalid_certificate(facts: Facts) -> Diagnosis | None:
+    """What is wrong when the clock is outside of the certificate's validity; None when it is inside or not known."""
+    if facts.certificate_from is not None and facts.now < facts.certificate_from:
+        return Diagnosis(
+            "clock",
+            "the certificate of this camera is not valid yet: the clock is behind",
+            "let the camera reach an NTP server, then check the date",
+        )
+    if facts.certificate_until is None or facts.now <= facts.certificate_until:
+        return None
     if facts.clock_synchronised is False:
         return Diagnosis(
             "clock",
@@ -283,14 +379,6 @@ def _expired(facts: Facts) -> Diagnosis:
 
 
 def _diagnose_tls(facts: Facts, where: str) -> Diagnosis:
-    if facts.certificate_until is not None and facts.now > facts.certificate_until:
-        return _expired(facts)
-    if facts.certificate_from is not None and facts.now < facts.certificate_from:
-        return Diagnosis(
-            "clock",
-            "the certificate of this camera is not valid yet: the clock is behind",
-            "let the camera reach an NTP server, then check the date",
-        )
     doubt = "; the clock is not synchronised, check the date too" if facts.clock_synchronised is False else ""
     return Diagnosis(
         "tls",

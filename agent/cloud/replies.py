@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from agent.cloud import topics
+from agent.cloud.seldom import Seldom
 from agent.errors import CloudError
 from agent.logs import get_logger
 
@@ -38,9 +40,35 @@ class Replies:
 
     def __init__(self) -> None:
         self._waiting: dict[str, _Waiting] = {}
+        self._seldom = Seldom(log)
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    async def ask(
+        self,
+        publish: Callable[[str, bytes], Coroutine[Any, Any, None]],
+        topic: str,
+        body: Mapping[str, Any],
+        timeout_s: float,
+    ) -> dict[str, Any]:
+        """Publish `body` with a token to `topic`, and the answer to it. Raises Rejected, CloudError, TimeoutError."""
+        token = uuid.uuid4().hex
+        payload = json.dumps({**body, "clientToken": token}, separators=(",", ":"), ensure_ascii=False).encode()
+        answer = self.expect(token, topic)
+        publishing = asyncio.create_task(publish(topic, payload))
+        try:
+            async with asyncio.timeout(timeout_s):
+                first: set[asyncio.Future[Any]] = {publishing, answer}
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():  # the answer may overtake the acknowledgement, or come without it
+                    await publishing
+                return await answer
+        finally:
+            self.forget(token)
+            answer.cancel()
+            publishing.cancel()
+            await asyncio.gather(publishing, answer, return_exceptions=True)
 
     def expect(self, token: str, topic: str) -> asyncio.Future[dict[str, Any]]:
         """The future answer to the request with `token` on `topic`; forget() it in any case."""
@@ -65,7 +93,7 @@ class Replies:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            log.warning("ignored an answer that is not a JSON object", topic=topic, bytes=len(payload))
+            self._seldom.warning("ignored an answer that is not a JSON object", topic=topic, bytes=len(payload))
             return
         token = reply.get("clientToken")
         waiting = self._waiting.get(token) if isinstance(token, str) else None
@@ -76,7 +104,7 @@ class Replies:
         elif topic == topics.rejected(waiting.topic):
             waiting.answer.set_exception(_rejection(waiting.topic, reply))
         else:
-            log.warning("ignored an answer on another topic than asked", topic=topic, expected=waiting.topic)
+            self._seldom.warning("ignored an answer on another topic than asked", topic=topic, expected=waiting.topic)
 
 
 def _rejection(topic: str, reply: dict[str, Any]) -> Rejected:

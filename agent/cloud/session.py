@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from agent.cloud import identity, topics
-from agent.cloud.connection import Connection, Options
+from agent.cloud import identity, proxy, topics
+from agent.cloud.announcement import Announce, Announcement
+from agent.cloud.connection import Connection, Options, lost
 from agent.cloud.offline import (
     REFUSED,
     Diagnosis,
@@ -27,13 +28,16 @@ from agent.cloud.offline import (
     History,
     Link,
     Pace,
+    blames_a_message,
     diagnose,
+    messages_held,
     publish_refused,
-    reason_name,
     subscriptions_refused,
     wait_s,
 )
 from agent.cloud.replies import Rejected, Replies
+from agent.cloud.subscriptions import Handler, Subscriptions
+from agent.cloud.suspects import Suspects
 from agent.errors import CloudError
 from agent.host.clock import clock_synchronised
 from agent.logs import get_logger
@@ -43,14 +47,18 @@ __all__ = ["Link", "Rejected", "Session"]
 
 LONGEST_REQUEST_S = 30.0
 SUBSCRIBE_AGAIN_S = (5.0, 300.0)
+CONNECT_TIMEOUT_S = 90.0
+"""More than TCP, TLS and the CONNACK may take together; awscrt has no limit of its own for an HTTP proxy's silence."""
 
 log = get_logger("cloud")
 
-Handler = Callable[[str, bytes], None]
-
 
 class Session:
-    """Keeps the camera connected from run() until that is cancelled."""
+    """Keeps the camera connected from run() until that is cancelled.
+
+    `announce(nonce, alive)` gives topic and payload of the last will (alive False) and of the birth message, which is
+    published once per connection when all subscriptions are answered; both carry the nonce of their connection.
+    """
 
     def __init__(
         self,
@@ -59,27 +67,26 @@ class Session:
         cloud: Cloud,
         certificate_file: Path,
         private_key_file: Path,
-        will: tuple[str, bytes] | None = None,
+        announce: Announce | None = None,
         pace: Pace | None = None,
     ) -> None:
         self._client_id = client_id
         self._cloud = cloud
         self._certificate_file = certificate_file
         self._private_key_file = private_key_file
-        self._will = will
+        self._announce = announce
+        self._announcement = Announcement(announce)
         self._pace = pace or Pace()
-        self._handlers: dict[str, list[Handler]] = {}
-        self._subscribed: set[str] = set()
-        self._refused: dict[str, int] = {}
+        self._subscriptions = Subscriptions()
         self._on_ready: list[Callable[[], Awaitable[None]]] = []
         self._on_link: list[Callable[[Link], None]] = []
+        self._suspects = Suspects()
         self._replies = Replies()
         self._connection: Connection | None = None
         self._certificate_id = ""
         self._history = History()
         self._connect_at = float("-inf")
         self._link = Link(since=time.time())
-        self._declared = asyncio.Event()
         self._ready = asyncio.Event()
         self._restart = asyncio.Event()
 
@@ -109,18 +116,15 @@ class Session:
         """Declare a permanent QoS 1 subscription, before run() or while it runs.
 
         `handler(topic, payload)` runs on the event loop and must not block. Messages may come twice, in any order, and
-        before the first on_ready.
+        before the first on_ready. Raises CloudError: `filter_not_valid`, `too_many_subscriptions`.
         """
-        handlers = self._handlers.setdefault(topic_filter, [])
-        handlers.append(handler)
-        if topic_filter not in self._subscribed:
+        if self._subscriptions.declare(topic_filter, handler):
             self._ready.clear()
-            self._declared.set()
 
     def subscribe_replies(self, *topic_filters: str) -> None:
         """Declare permanent subscriptions whose messages answer request()."""
         for topic_filter in topic_filters:
-            if topic_filter not in self._handlers:
+            if topic_filter not in self._subscriptions:
                 self.subscribe(topic_filter, self._replies.feed)
 
     async def wait_connected(self) -> None:
@@ -135,7 +139,8 @@ class Session:
         self._cloud = cloud
         self._certificate_file = cloud.certificate_file or self._certificate_file
         self._private_key_file = cloud.private_key_file or self._private_key_file
-        self._subscribed.clear()
+        self._announcement = Announcement(self._announce)
+        self._subscriptions.forget()
         self._ready.clear()
         if self._link.state != "stopped":
             self._set_link("connecting")
@@ -144,25 +149,34 @@ class Session:
     async def publish(self, topic: str, payload: bytes, *, timeout_s: float = 60) -> None:
         """Send with QoS 1; returns once AWS IoT has taken it.
 
-        Raises CloudError: `offline` (not sent), `connection_lost` or `no_answer` (may have been taken), all retryable;
+        Raises CloudError: `offline` (not sent), `connection_lost` (the connection ended while it was under way) or
+        `no_answer`, which both may have been taken, all retryable;
         `topic_not_valid`, `packet_too_large` (not sent) or the reason of the refusal, such as `not_authorised`.
         """
-        wrong = topics.problem(topic)
-        if wrong:
-            raise CloudError("topic_not_valid", f"can't publish to {topic[:300]!r}: {wrong}")
-        if len(payload) > topics.MAX_PAYLOAD_BYTES:
-            raise CloudError(
-                "packet_too_large", f"{len(payload)} bytes for {topic}: AWS IoT takes {topics.MAX_PAYLOAD_BYTES}"
-            )
-        if self._connection is None:
+        topics.check_message(topic, len(payload))
+        connection, held_s = self._connection, self._suspects.wait_s(topic, time.monotonic())
+        if connection is None:
             raise self._offline_error()
+        if held_s:
+            held = messages_held([topic], self._certificate_id)
+            raise CloudError(held.code, f"{held.reason}, next in {held_s:.0f} s", held.hint, retryable=True)
         try:
             async with asyncio.timeout(timeout_s):
-                code = await self._connection.publish(topic, payload)
+                code = await connection.publish(topic, payload)
         except TimeoutError:
             raise CloudError(
                 "no_answer", f"AWS IoT did not acknowledge a message to {topic} within {timeout_s:g} s", retryable=True
             ) from None
+        except CloudError as error:
+            if (
+                error.code == "connection_lost"
+                and connection.ended.done()
+                and blames_a_message(connection.ended.result())
+            ):
+                self._suspects.lost(topic, time.monotonic())
+            raise
+        if self._suspects.answered(topic):
+            self._set_link(self._link.state, **self._degraded())
         if code >= REFUSED:
             raise publish_refused(topic, code, self._certificate_id)
 
@@ -172,24 +186,12 @@ class Session:
         The answers' filter must have been declared with subscribe_replies(). Waits at most 30 s. Raises Rejected when
         the service refuses, CloudError when it can't be asked or does not answer in time.
         """
-        token = uuid.uuid4().hex
         timeout_s = min(timeout_s, LONGEST_REQUEST_S)
-        payload = json.dumps({**body, "clientToken": token}, separators=(",", ":"), ensure_ascii=False).encode()
-        answer = self._replies.expect(token, topic)
-        publishing = asyncio.create_task(self.publish(topic, payload, timeout_s=LONGEST_REQUEST_S))
+        publish = partial(self.publish, timeout_s=LONGEST_REQUEST_S)
         try:
-            async with asyncio.timeout(timeout_s):
-                await _first_of(publishing, answer)
-                if not answer.done():  # the answer may overtake the acknowledgement, or come without it
-                    await publishing
-                return await answer
+            return await self._replies.ask(publish, topic, body, timeout_s)
         except TimeoutError:
             raise self._unanswered(topic, timeout_s) from None
-        finally:
-            self._replies.forget(token)
-            answer.cancel()
-            publishing.cancel()
-            await asyncio.gather(publishing, answer, return_exceptions=True)
 
     async def run(self) -> None:
         """Stay connected until cancelled, then disconnect cleanly.
@@ -212,17 +214,16 @@ class Session:
                     if first:
                         self._set_link("stopped", code=error.code, reason=error.message, hint=error.hint)
                         raise
-                    diagnosis = Diagnosis(error.code, error.message, error.hint)
                     self._history = replace(self._history, attempts=self._history.attempts + 1)
-                else:
-                    first = False
-                    failure, lasted_s = await self._use(connection)
-                    if failure is None:
-                        self._history = History()
-                        continue
-                    self._history = self._history.after(failure, time.monotonic(), lasted_s, self._pace)
-                    diagnosis = diagnose(failure, self._history, await asyncio.to_thread(self._facts, failure))
-                await self._hold_off(diagnosis)
+                    await self._hold_off(Diagnosis(error.code, error.message, error.hint))
+                    continue
+                first = False
+                failure, lasted_s = await self._try(connection)
+                if failure is None:
+                    self._history = History()
+                    continue
+                self._history = self._history.after(failure, time.monotonic(), lasted_s, self._pace)
+                await self._hold_off(diagnose(failure, self._history, await asyncio.to_thread(self._facts)))
         finally:
             if self._link.state != "stopped":
                 self._set_link("stopped", reason="the agent was stopped")
@@ -235,43 +236,56 @@ class Session:
         self._connect_at = time.monotonic()
 
     async def _open(self) -> Connection:
-        options = Options(self._client_id, self._cloud, self._certificate_file, self._private_key_file, self._will)
+        will = self._announcement.will()
+        options = Options(self._client_id, self._cloud, self._certificate_file, self._private_key_file, will)
         connection, self._certificate_id = await asyncio.to_thread(
-            Connection.prepare, options, self._dispatch, asyncio.get_running_loop()
+            Connection.prepare, options, self._subscriptions.dispatch, asyncio.get_running_loop()
         )
         return connection
+
+    async def _try(self, connection: Connection) -> tuple[Failure | None, float]:
+        """As _use(), unless there is a proxy that opens no way."""
+        cloud = self._cloud
+        refusal = await proxy.refusal(cloud.proxy_url, cloud.endpoint, cloud.port) if cloud.proxy_url else None
+        if refusal:
+            await connection.close()
+            return refusal, 0.0
+        failure, lasted_s = await self._use(connection)
+        if failure:
+            self._announcement.ended(failure)
+        return failure, lasted_s
 
     async def _use(self, connection: Connection) -> tuple[Failure | None, float]:
         """Connect, and serve until the connection ends; why (None: a restart was asked for) and how long it stood."""
         restart = asyncio.create_task(self._restart.wait())
         ready: asyncio.Task[None] | None = None
-        began = time.monotonic()
+        tasks: list[asyncio.Task[Any]] = [restart]
         connection.ended.add_done_callback(lambda _: self._unusable() if self._connection is connection else None)
         try:
-            self._connect_at = began
             connection.start()
-            await _first_of(connection.opened, connection.ended, restart)
-            began = time.monotonic()
+            await _first_of(connection.opened, connection.ended, restart, timeout_s=CONNECT_TIMEOUT_S)
+            began = self._connect_at = time.monotonic()  # by now the CONNECT has arrived, if it was sent at all
             if connection.opened.done() and not connection.ended.done():
                 self._connection = connection
                 ready = asyncio.create_task(self._serve(connection, rejoined=connection.opened.result()))
+                tasks += [ready, asyncio.create_task(self._publish_birth())]
                 await _first_of(connection.ended, restart, ready)
             if connection.ended.done():
                 return connection.ended.result(), time.monotonic() - began
             if restart.done():
                 return None, time.monotonic() - began
-            assert ready
+            if not ready:
+                return Failure("CONNECT_UNANSWERED"), 0.0
             error = None if ready.cancelled() else ready.exception()
             log.warning("subscribing failed, the connection is given up", reason=str(error or "cancelled"))
             return Failure("SUBSCRIBE_UNANSWERED", was_connected=True), time.monotonic() - began
         finally:
             self._unusable()
-            tasks = [task for task in (restart, ready) if task]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             connection.fail()
-            self._replies.fail(_lost)
+            self._replies.fail(lost)
             await connection.close()
 
     def _unusable(self) -> None:
@@ -280,40 +294,37 @@ class Session:
 
     async def _serve(self, connection: Connection, *, rejoined: bool) -> None:
         """Make missing subscriptions whenever there are some and tell that all is ready; ends by an exception only."""
+        subscriptions = self._subscriptions
         if not rejoined:
-            self._subscribed.clear()
-        self._refused = {}
+            subscriptions.forget()
+        subscriptions.refused.clear()
+        self._announcement.connected()
         self._set_link("connecting", session_present=rejoined, connects=self._link.connects + 1)
         log.info("connected", endpoint=self._cloud.endpoint, port=self._cloud.port, session_present=rejoined)
         first, again_s = True, SUBSCRIBE_AGAIN_S[0]
         while True:
-            before = set(self._refused)
-            self._declared.clear()
-            await self._subscribe_missing(connection)
-            degraded = subscriptions_refused(self._refused, self._certificate_id)
-            self._set_link("connected", code=degraded.code, reason=degraded.reason, hint=degraded.hint)
-            if not self._declared.is_set():
+            accepted_after_all = await subscriptions.make(connection.subscribe)
+            self._set_link("connected", **self._degraded())
+            if not subscriptions.declared.is_set():
                 self._ready.set()
-            if first or before - set(self._refused):
+            if first or accepted_after_all:
                 await self._call_ready()
             first = False
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(again_s * random.uniform(0.5, 1) if self._refused else None):  # noqa: S311
-                    await self._declared.wait()
+                async with asyncio.timeout(again_s * random.uniform(0.5, 1) if subscriptions.refused else None):  # noqa: S311
+                    await subscriptions.declared.wait()
                 continue
             again_s = min(again_s * 2, SUBSCRIBE_AGAIN_S[1])
 
-    async def _subscribe_missing(self, connection: Connection) -> None:
-        missing = [topic_filter for topic_filter in self._handlers if topic_filter not in self._subscribed]
-        for start in range(0, len(missing), topics.MAX_FILTERS_PER_SUBSCRIBE):
-            group = missing[start : start + topics.MAX_FILTERS_PER_SUBSCRIBE]
-            for topic_filter, code in zip(group, await connection.subscribe(group), strict=True):
-                if code < REFUSED:
-                    self._subscribed.add(topic_filter)
-                    self._refused.pop(topic_filter, None)
-                    continue
-                self._refused[topic_filter] = code
-                log.warning("subscription refused", filter=topic_filter, reason=reason_name(code))
+    def _degraded(self) -> dict[str, str]:
+        """What does not work although there is a connection, for the link."""
+        if held := self._suspects.held:
+            return vars(messages_held(held, self._certificate_id))
+        return vars(subscriptions_refused(self._subscriptions.refused, self._certificate_id))
+
+    async def _publish_birth(self) -> None:
+        await self._ready.wait()
+        await self._announcement.publish_birth(self.publish)
 
     async def _call_ready(self) -> None:
         for callback in self._on_ready:
@@ -328,30 +339,25 @@ class Session:
         wait = wait_s(diagnosis, self._history, self._pace, random.random())  # noqa: S311
         self._set_link("offline", code=diagnosis.code, reason=diagnosis.reason, hint=diagnosis.hint)
         log.warning(
-            "off-line", code=diagnosis.code, reason=diagnosis.reason, hint=diagnosis.hint, next_s=round(wait, 1)
+            "off-line",
+            code=diagnosis.code,
+            reason=diagnosis.reason,
+            hint=diagnosis.hint,
+            endpoint=f"{self._cloud.endpoint}:{self._cloud.port}",
+            certificate_id=self._certificate_id,
+            next_s=round(wait, 1),
         )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._restart.wait()
                 self._history = History()
 
-    def _dispatch(self, topic: str, payload: bytes) -> None:
-        handlers = [h for pattern, known in self._handlers.items() if topics.matches(pattern, topic) for h in known]
-        if not handlers:
-            log.debug("ignored a message that no subscription matches", topic=topic, bytes=len(payload))
-        for handler in handlers:
-            try:
-                handler(topic, payload)
-            except Exception:
-                log.exception("handling a message failed", topic=topic, bytes=len(payload))
-
-    def _facts(self, failure: Failure) -> Facts:
-        """What diagnose() may want to know. Blocking; reads the certificate only when it may be the cause."""
+    def _facts(self) -> Facts:
+        """What diagnose() may want to know. Blocking."""
         starts = until = None
-        if "TLS" in failure.error or failure.reason_code == 0x87:
-            with contextlib.suppress(CloudError):
-                facts = identity.read_certificate(self._certificate_file)
-                starts, until = facts.not_before, facts.not_after
+        with contextlib.suppress(CloudError):
+            certificate = identity.read_certificate(self._certificate_file)
+            starts, until = certificate.not_before, certificate.not_after
         return Facts(
             endpoint=self._cloud.endpoint,
             port=self._cloud.port,
@@ -360,6 +366,7 @@ class Session:
             certificate_from=starts,
             certificate_until=until,
             clock_synchronised=clock_synchronised(),
+            proxy=urlsplit(self._cloud.proxy_url).netloc.rpartition("@")[2],
             now=time.time(),
         )
 
@@ -381,20 +388,16 @@ class Session:
         return CloudError("offline", f"there is no connection to AWS IoT{reason}", self._link.hint, retryable=True)
 
     def _unanswered(self, topic: str, timeout_s: float) -> CloudError:
-        refused = [name for name in self._refused if topics.matches(name, topics.accepted(topic))]
+        refused = self._subscriptions.refused_for(topics.accepted(topic))
         if refused:
             return CloudError(
                 "subscription_refused",
-                f"no answer on {topic}: AWS IoT refused the subscription to {refused[0]}",
+                f"no answer on {topic}: AWS IoT refused the subscription to {refused}",
                 f"check that the policy of certificate {self._certificate_id} allows iot:Subscribe on it",
                 retryable=True,
             )
         return CloudError("no_answer", f"AWS IoT did not answer on {topic} within {timeout_s:g} s", retryable=True)
 
 
-def _lost() -> CloudError:
-    return CloudError("connection_lost", "the connection broke off before the answer came", retryable=True)
-
-
-async def _first_of(*futures: asyncio.Future[Any]) -> None:
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+async def _first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None) -> None:
+    await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

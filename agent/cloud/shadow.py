@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.cloud import topics
+from agent.cloud.seldom import Seldom
 from agent.cloud.session import Rejected, Session
 from agent.errors import CloudError
 from agent.logs import get_logger
 
 log = get_logger("cloud.shadow")
+seldom = Seldom(log)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ShadowClient:
             except (ValueError, KeyError, TypeError, RecursionError):
                 version = state = None
             if not isinstance(version, int) or not isinstance(state, dict):
-                log.warning("ignored a malformed delta", topic=self._delta, bytes=len(payload))
+                seldom.warning("ignored a malformed delta", topic=self._delta, bytes=len(payload))
             elif version <= self._newest:
                 log.debug("ignored an old delta", topic=self._delta, version=version, newest=self._newest)
             else:

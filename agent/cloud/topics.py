@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from agent.errors import CloudError
+
 MAX_TOPIC_BYTES = 256
 MAX_SLASHES = 7
 MAX_PAYLOAD_BYTES = 128 * 1024
 MAX_FILTERS_PER_SUBSCRIBE = 8
+MAX_SUBSCRIPTIONS = 50
 RULES_PREFIX = "$aws/rules/"
+SHARE_PREFIX = "$share/"
 NEXT_JOB = "$next"
 
 
@@ -90,22 +94,54 @@ def problem(topic: str) -> str:
         _, separator, counted = topic.removeprefix(RULES_PREFIX).partition("/")
         if not separator or not counted:
             return "a topic below $aws/rules/ needs a rule name and a topic"
-    if not counted:
-        return "the topic is empty"
     if any(wildcard in topic for wildcard in "+#"):
         return "a topic to publish to can't hold the wildcards + and #"
+    return _malformed(counted, reserved=topic.startswith("$aws/") and counted is topic)
+
+
+def filter_problem(topic_filter: str) -> str:
+    """What is wrong with subscribing to `topic_filter`, in words; empty when it is fine.
+
+    The first two levels of `$share/<name>/` don't count. Basic Ingest topics go to the rules engine only.
+    """
+    counted = topic_filter
+    if topic_filter.startswith(SHARE_PREFIX):
+        name, separator, counted = topic_filter.removeprefix(SHARE_PREFIX).partition("/")
+        if not separator or not name or any(wildcard in name for wildcard in "+#"):
+            return "a filter below $share/ needs a name and a filter"
+    if (counted + "/").startswith(RULES_PREFIX):
+        return "topics below $aws/rules/ go to the rules engine only, nobody can subscribe to them"
+    *parents, last = counted.split("/")
+    if any("#" in level for level in parents) or ("#" in last and last != "#"):
+        return "the wildcard # stands alone in the last level only"
+    if any("+" in level and level != "+" for level in (*parents, last)):
+        return "the wildcard + stands alone in its level only"
+    return _malformed(counted, reserved=counted.startswith("$aws/"))
+
+
+def _malformed(topic: str, *, reserved: bool) -> str:
+    if not topic:
+        return "the topic is empty"
     if "\0" in topic:
         return "the topic holds a null character"
     try:
-        size = len(counted.encode())
+        size = len(topic.encode())
     except UnicodeEncodeError:
         return "the topic is not valid Unicode"
     if size > MAX_TOPIC_BYTES:
         return f"the topic has {size} bytes, AWS IoT takes {MAX_TOPIC_BYTES}"
-    reserved = topic.startswith("$aws/") and counted is topic
-    if not reserved and counted.count("/") > MAX_SLASHES:
-        return f"the topic has {counted.count('/')} slashes, AWS IoT takes {MAX_SLASHES}"
+    if not reserved and topic.count("/") > MAX_SLASHES:
+        return f"the topic has {topic.count('/')} slashes, AWS IoT takes {MAX_SLASHES}"
     return ""
+
+
+def check_message(topic: str, size: int) -> None:
+    """Raises CloudError for a message of `size` bytes that AWS IoT would close the connection over."""
+    wrong = problem(topic)
+    if wrong:
+        raise CloudError("topic_not_valid", f"can't publish to {topic[:300]!r}: {wrong}")
+    if size > MAX_PAYLOAD_BYTES:
+        raise CloudError("packet_too_large", f"{size} bytes for {topic}: AWS IoT takes {MAX_PAYLOAD_BYTES}")
 
 
 def matches(topic_filter: str, topic: str) -> bool:

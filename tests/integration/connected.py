@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.cloud.offline import Pace
+from agent.cloud.offline import Link, Pace
 from agent.cloud.session import Session
 from agent.sandbox import seed
 from agent.sandbox.aws import Aws
@@ -40,8 +44,77 @@ async def running(session: Session, *, connected: bool = True) -> AsyncIterator[
         yield task
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+
+
+async def link_where(session: Session, met: Callable[[Link], bool], timeout_s: float = 20) -> Link:
+    """The session's state as soon as `met`."""
+    changed = asyncio.Event()
+    session.on_link(lambda _: changed.set())
+    async with asyncio.timeout(timeout_s):
+        while not met(session.link):
+            await changed.wait()
+            changed.clear()
+    return session.link
+
+
+CHILD = """
+import asyncio, sys, time
+from pathlib import Path
+from agent.cloud.session import Session
+from agent.settings import Cloud
+
+port, ca, certificate, key, *arguments = sys.argv[1:]
+
+def make_session(**options):
+    return Session(client_id="cam-7", cloud=Cloud(endpoint="localhost", port=int(port), ca_file=Path(ca)),
+                   certificate_file=Path(certificate), private_key_file=Path(key), **options)
+
+def tell(*words):
+    print(*words, flush=True)
+"""
+
+
+@contextlib.asynccontextmanager
+async def child(
+    script: str,
+    cloud: Cloud,
+    pair: Pair,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    stdin: bool = False,
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A Python process with CHILD and `script`; it is killed at the end of the block if it still runs."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CHILD + textwrap.dedent(script)),
+        *(str(cloud.port), str(cloud.ca_file), str(pair.certificate_file), str(pair.private_key_file), *arguments),
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        async with asyncio.timeout(20):
+            await process.communicate()
+
+
+async def line_of(process: asyncio.subprocess.Process, word: str, timeout_s: float = 40) -> str:
+    """The next line of the process's output that holds `word`."""
+    assert process.stdout
+    seen = []
+    async with asyncio.timeout(timeout_s):
+        while line := (await process.stdout.readline()).decode():
+            if word in line:
+                return line
+            seen.append(line)
+    raise AssertionError(f"the process ended without saying {word!r}:\n{''.join(seen)}")
 
 
 @dataclass(frozen=True)

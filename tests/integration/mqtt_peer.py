@@ -76,6 +76,8 @@ class Packet:
     clean_start: bool = False
     keep_alive: int = 0
     will: tuple[str, bytes] | None = None
+    will_qos: int = 0
+    will_retain: bool = False
     topic: str = ""
     payload: bytes = b""
     qos: int = 0
@@ -120,13 +122,20 @@ class MqttPeer:
         self.connack_reason = 0
         self.connack_reasons: list[int] = []
         """Reasons of the next CONNACKs, before `connack_reason` counts again; -1 closes without an answer."""
+        self.connack_gate = asyncio.Event()
+        """CONNACKs wait until it is set, which it is from the start."""
+        self.connack_gate.set()
+        self.early: list[Packet] = []
+        """Packets that came before the CONNACK went."""
+        self.refuse_wills: dict[str, int] = {}
+        """CONNACK reasons by topic of the will; -1 closes without an answer."""
         self.connack_properties: dict[str, Any] = dict(LIKE_AWS)
         self.refuse_filters: dict[str, int] = {}
         """SUBACK reason codes by filter."""
         self.refuse_topics: dict[str, int] = {}
         """PUBACK reason codes by topic."""
         self.disconnect_topics: dict[str, int] = {}
-        """Topics whose publish is answered with a DISCONNECT of this reason."""
+        """Topics whose publish is answered with a DISCONNECT of this reason; -1 closes without a word."""
         self.silent_kinds: set[int] = set()
         """Packet kinds that get no answer: PUBLISH no PUBACK, SUBSCRIBE no SUBACK, …"""
         self.drop_replies = False
@@ -185,6 +194,11 @@ class MqttPeer:
         for client in list(self._live.values()):
             client.writer.transport.abort()
 
+    def close(self) -> None:
+        """Close all connections orderly, without a word."""
+        for client in list(self._live.values()):
+            client.writer.close()
+
     def disconnect(self, reason: int) -> None:
         """Send DISCONNECT with `reason` to all and close."""
         for client in list(self._live.values()):
@@ -229,21 +243,42 @@ class MqttPeer:
     async def _talk(self, client: _Client) -> None:
         connect = await client.read()
         await self._record(connect)
+        following = await self._hold_connack(client)
         if not self._greet(client, connect):
             with contextlib.suppress(OSError):
                 await client.writer.drain()
                 client.writer.close()
             return
         while True:
-            packet = await client.read()
+            packet, following = await (following or client.read()), None
             answered = packet.kind not in self.silent_kinds
             goes_on = self._handle(client, packet, answered)
             await self._record(packet)
             if not goes_on:
                 return
 
+    async def _hold_connack(self, client: _Client) -> asyncio.Task[Packet] | None:
+        """Wait for the gate, and see whether the client can wait too; its next packet, if that is being read already."""
+        if self.connack_gate.is_set():
+            return None
+        reading = asyncio.create_task(client.read())
+        gate = asyncio.create_task(self.connack_gate.wait())
+        try:
+            await asyncio.wait({reading, gate}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done() and not reading.exception():
+                self.early.append(reading.result())
+            await asyncio.wait({gate})
+        except asyncio.CancelledError:
+            reading.cancel()
+            raise
+        finally:
+            gate.cancel()
+        return reading
+
     def _greet(self, client: _Client, connect: Packet) -> bool:
         reason = self.connack_reasons.pop(0) if self.connack_reasons else self.connack_reason
+        if connect.will and not reason:
+            reason = self.refuse_wills.get(connect.will[0], 0)
         if reason < 0:
             return False
         client.id, client.will = connect.client_id, connect.will
@@ -274,7 +309,8 @@ class MqttPeer:
         match packet.kind:
             case 3:
                 if packet.topic in self.disconnect_topics:
-                    client.send(DISCONNECT, 0, bytes((self.disconnect_topics[packet.topic], 0)))
+                    if self.disconnect_topics[packet.topic] >= 0:
+                        client.send(DISCONNECT, 0, bytes((self.disconnect_topics[packet.topic], 0)))
                     return False
                 reason = self.refuse_topics.get(packet.topic, 0)
                 if packet.qos and answered:
@@ -419,6 +455,7 @@ def _decode(first: int, cursor: _Cursor, connection: int) -> Packet:
             if flags & 4:
                 cursor.properties()
                 packet.will = cursor.string(), cursor.binary()
+                packet.will_qos, packet.will_retain = flags >> 3 & 3, bool(flags & 0x20)
             if flags & 0x80:
                 packet.username = cursor.string()
         case 3:

@@ -62,6 +62,7 @@ class TestWire:
         assert request.json()["includeJobDocument"] is True
         assert peer.of(mqtt.SUBSCRIBE)[0].filters == [f"{JOBS}/+/get/+", f"{JOBS}/+/update/+"]
 
+    @pytest.mark.conformance("C-JOBS-04")
     @pytest.mark.parametrize("body", [{}, {"execution": {}}, {"execution": None}])
     async def test_nothing_pending_is_none(self, peer, session, body):
         peer.serve(f"{JOBS}/$next/get", answer(**body))

@@ -1,4 +1,4 @@
-"""Topics, their limits, matching; status details; and what a failure to connect means."""
+"""Topics, filters, their limits, matching; status details and executions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from agent.cloud import topics
 from agent.cloud.jobs import parse_execution, sanitise, seconds
-from agent.cloud.offline import Diagnosis, Facts, Failure, History, Pace, diagnose, wait_s
 
 LONGEST_THING = "t" * 128
 
@@ -56,6 +55,7 @@ def test_what_aws_takes_passes(topic):
     assert topics.problem(topic) == ""
 
 
+@pytest.mark.conformance("C-CONN-14")
 @pytest.mark.parametrize(
     "topic",
     [
@@ -75,6 +75,65 @@ def test_what_aws_takes_passes(topic):
 )
 def test_what_aws_refuses_is_told(topic):
     assert topics.problem(topic)
+
+
+@pytest.mark.conformance("C-CONN-28")
+@pytest.mark.parametrize(
+    ("topic_filter", "said"),
+    [
+        ("", "empty"),
+        ("a\0b", "null"),
+        ("\ud800", "Unicode"),
+        ("a" * 257, "257 bytes"),
+        ("é" * 129, "258 bytes"),
+        ("/".join("123456789"), "8 slashes"),
+        ("a/#/b", "#"),
+        ("a#", "#"),
+        ("#a", "#"),
+        ("a/b+", "+"),
+        ("a+/b", "+"),
+        ("$aws/rules/r/a", "rules engine"),
+        ("$aws/rules/#", "rules engine"),
+        ("$aws/rules", "rules engine"),
+        ("$share/group", "$share/"),
+        ("$share//a", "$share/"),
+        ("$share/g+/a", "$share/"),
+        ("$share/group/" + "/".join("123456789"), "8 slashes"),
+        ("$share/group/$aws/rules/r/a", "rules engine"),
+    ],
+)
+def test_filters_that_aws_would_not_take_are_told(topic_filter, said):
+    assert said in topics.filter_problem(topic_filter)
+
+
+@pytest.mark.parametrize(
+    "topic_filter",
+    [
+        "a",
+        "#",
+        "+",
+        "a/#",
+        "+/b/+",
+        "a" * 256,
+        "/".join("12345678"),
+        "$share/group/" + "/".join("12345678"),
+        "$aws/ruler/a",
+    ]
+    + [
+        name
+        for thing in ("cam", "t" * 128)
+        for name in (
+            topics.jobs_notify_next(thing),
+            *topics.job_replies(thing),
+            topics.accepted(topics.shadow_update(thing, "config")),
+            topics.shadow_delta(thing, "config"),
+            topics.rejected(topics.certificate_from_csr()),
+            topics.accepted(topics.register_thing("fleet")),
+        )
+    ],
+)
+def test_filters_that_aws_takes_and_all_of_the_agents_are_fine(topic_filter):
+    assert topics.filter_problem(topic_filter) == ""
 
 
 @pytest.mark.parametrize(
@@ -170,90 +229,3 @@ def test_times_are_seconds_and_milliseconds_are_tolerated():
     assert seconds(1767225600123) == 1767225600.123
     assert seconds("x") is None
     assert seconds(True) is None
-
-
-FACTS = Facts("x.iot.example", 8883, "cam-7", "ab" * 32, 1000.0, 2000.0, True, 1500.0)
-
-
-@pytest.mark.parametrize(
-    ("failure", "changes", "code"),
-    [
-        (Failure("AWS_IO_DNS_QUERY_FAILED"), {}, "dns"),
-        (Failure("AWS_IO_DNS_NO_ADDRESS_FOR_HOST"), {}, "dns"),
-        (Failure("AWS_IO_SOCKET_CONNECTION_REFUSED"), {}, "tcp"),
-        (Failure("AWS_IO_SOCKET_TIMEOUT"), {}, "tcp"),
-        (Failure("AWS_ERROR_HTTP_PROXY_CONNECT_FAILED"), {}, "proxy"),
-        (Failure("AWS_IO_TLS_ERROR_NEGOTIATION_FAILURE"), {}, "tls"),
-        (Failure("AWS_IO_TLS_ERROR_NEGOTIATION_FAILURE"), {"now": 2001.0}, "certificate"),
-        (Failure("AWS_IO_TLS_ERROR_NEGOTIATION_FAILURE"), {"now": 2001.0, "clock_synchronised": False}, "clock"),
-        (Failure("AWS_IO_TLS_ERROR_NEGOTIATION_FAILURE"), {"now": 999.0}, "clock"),
-        (Failure("AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED", 0x87), {}, "not_authorised"),
-        (Failure("AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED", 0x87), {"now": 2001.0}, "certificate"),
-        (Failure("AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED", 0x97), {}, "throttled"),
-        (Failure("AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED", 0x85), {}, "not_authorised"),
-        (Failure("AWS_ERROR_MQTT5_DISCONNECT_RECEIVED", 0x8E, True), {}, "taken_over"),
-        (Failure("AWS_ERROR_MQTT5_DISCONNECT_RECEIVED", 0x87, True), {}, "not_authorised"),
-        (Failure("AWS_ERROR_MQTT5_DISCONNECT_RECEIVED", 0x8B, True), {}, "closed"),
-        (Failure("AWS_ERROR_MQTT_UNEXPECTED_HANGUP"), {}, "closed"),
-        (Failure("AWS_ERROR_MQTT_UNEXPECTED_HANGUP", None, True), {}, "lost"),
-        (Failure("AWS_ERROR_MQTT5_PING_RESPONSE_TIMEOUT", None, True), {}, "no_answer"),
-        (Failure("AWS_ERROR_MQTT5_CONNACK_TIMEOUT"), {}, "no_answer"),
-        (Failure("SOMETHING_NEW"), {}, "unknown"),
-    ],
-)
-def test_a_failure_is_put_into_words(failure, changes, code):
-    facts = Facts(**{**FACTS.__dict__, **changes})
-    diagnosis = diagnose(failure, History().after(failure, 0.0, 0.0, Pace()), facts)
-    assert diagnosis.code == code
-    assert diagnosis.reason
-    assert diagnosis.hint
-
-
-def test_repeated_hangups_before_the_connack_mean_not_authorised():
-    history, codes = History(), []
-    for _ in range(5):
-        failure = Failure("AWS_ERROR_MQTT_UNEXPECTED_HANGUP")
-        history = history.after(failure, 0.0, 0.0, Pace())
-        codes.append(diagnose(failure, history, FACTS).code)
-    assert codes == ["closed", "closed", "not_authorised", "not_authorised", "not_authorised"]
-
-
-def waits(failure: Failure, times: int, chance: float, every_s: float = 10.0, lasted_s: float = 0.0) -> list[float]:
-    history, found = History(), []
-    for number in range(times):
-        history = history.after(failure, number * every_s, lasted_s, Pace())
-        found.append(wait_s(diagnose(failure, history, FACTS), history, Pace(), chance))
-    return found
-
-
-def test_the_back_off_doubles_to_two_minutes_with_full_jitter():
-    failure = Failure("AWS_IO_SOCKET_TIMEOUT")
-    assert waits(failure, 9, 1.0) == [2, 4, 8, 16, 32, 64, 120, 120, 120]
-    assert waits(failure, 9, 0.0) == [1] * 9
-
-
-def test_a_connection_that_held_starts_the_back_off_anew():
-    assert waits(Failure("AWS_ERROR_MQTT_UNEXPECTED_HANGUP", None, True), 4, 1.0, lasted_s=31) == [2, 2, 2, 2]
-    assert waits(Failure("AWS_ERROR_MQTT_UNEXPECTED_HANGUP", None, True), 4, 1.0, lasted_s=3) == [2, 4, 8, 16]
-
-
-def test_refused_for_long_it_slows_down_but_never_gives_up():
-    found = waits(Failure("AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED", 0x87), 30, 0.0)
-    assert found[:4] == [1, 1, 1, 1]
-    assert all(60 <= wait <= 180 for wait in found[4:])
-
-
-def test_taken_over_three_times_in_two_minutes_waits_five_minutes():
-    failure = Failure("AWS_ERROR_MQTT5_DISCONNECT_RECEIVED", 0x8E, True)
-    found = waits(failure, 3, 0.5, lasted_s=31)
-    assert max(found[:2]) < 5
-    assert found[2] >= 300
-    assert max(waits(failure, 20, 0.5, every_s=61, lasted_s=31)) < 5
-
-
-@given(
-    st.integers(0, 100), st.integers(0, 100), st.floats(0, 1), st.sampled_from(["tcp", "not_authorised", "taken_over"])
-)
-def test_waits_stay_between_a_second_and_seven_minutes(attempts, refusals, chance, code):
-    history = History(attempts=attempts, refusals=refusals, takeovers=(0.0,) * 3)
-    assert 1 <= wait_s(Diagnosis(code, "", ""), history, Pace(), chance) <= 420

@@ -11,7 +11,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,23 +44,41 @@ MIGRATIONS = (
         detail TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    ALTER TABLE outbox ADD COLUMN clock_believed INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE outbox ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE outbox ADD COLUMN refusals INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE outbox ADD COLUMN failures INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE outbox ADD COLUMN wait_s REAL NOT NULL DEFAULT 0;
+    ALTER TABLE outbox ADD COLUMN wait_boot_id TEXT NOT NULL DEFAULT '';
+    ALTER TABLE outbox ADD COLUMN wait_from REAL NOT NULL DEFAULT 0;
+    ALTER TABLE outbox ADD COLUMN disk_bytes INTEGER AS (length(payload) + length(topic) + 160);
+    CREATE INDEX outbox_size ON outbox (priority, disk_bytes);
+    CREATE INDEX outbox_backlog ON outbox (priority, losses, id);
+    """,
 )
 
 
 @dataclass(frozen=True)
 class Message:
-    """A queued message: `priority` 0 goes before 1; `created_at` is in epoch seconds."""
+    """A queued message: `priority` 0 goes before 1; `created_at` is in epoch seconds.
+
+    How often it was in flight when the connection ended, was refused for good, and was refused or unanswered for now.
+    """
 
     id: int
     priority: int
     topic: str
     payload: bytes
     created_at: float
+    losses: int = 0
+    refusals: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True)
 class QueueSize:
-    """What waits in the outbox: messages, their payload bytes, and the oldest's time in epoch seconds."""
+    """What waits in the outbox: messages, the bytes they take on the disk, and the oldest's time in epoch seconds."""
 
     messages: int
     bytes: int
@@ -117,22 +135,52 @@ class Tables:
             (keep,),
         )
 
-    def enqueue(self, topic: str, payload: bytes, *, priority: int) -> int:
-        """Queue a message and return its id; ids only rise."""
+    def enqueue(self, topic: str, payload: bytes, *, priority: int, clock_believed: bool = True) -> int:
+        """Queue a message and return its id; ids only rise. `clock_believed`: whether the wall clock is right."""
         cursor = self._sql.execute(
-            "INSERT INTO outbox (priority, topic, payload, created_at, boot_id, uptime) VALUES (?, ?, ?, ?, ?, ?)",
-            (priority, topic, payload, time.time(), boot_id(), time.monotonic()),
+            "INSERT INTO outbox (priority, topic, payload, created_at, boot_id, uptime, clock_believed)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (priority, topic, payload, time.time(), boot_id(), time.monotonic(), clock_believed),
         )
         return int(cursor.lastrowid or 0)
 
-    def queued(self, *, limit: int, after: int = 0, before: int | None = None) -> list[Message]:
-        """Messages with `after` < id (< `before`), by priority, then the oldest first."""
+    def queued(self, *, limit: int, after: int = 0, without: Collection[int] = ()) -> list[Message]:
+        """Messages with `after` < id that nothing went wrong with, by priority, then the oldest first."""
         rows = self._sql.execute(
-            "SELECT id, priority, topic, payload, created_at FROM outbox WHERE id > ? AND id < ifnull(?, id + 1)"
-            " ORDER BY priority, id LIMIT ?",
-            (after, before, limit),
+            "SELECT id, priority, topic, payload, created_at, losses, refusals, failures FROM outbox WHERE id > ? AND losses + refusals + failures = 0"
+            " AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY priority, id LIMIT ?",
+            (after, json.dumps(list(without)), limit),
         )
         return [Message(*row) for row in rows]
+
+    def backlog(self, *, up_to: int, without: Collection[int] = ()) -> Message | None:
+        """The next message with id <= `up_to`, or that something went wrong with and whose pause is over.
+
+        By priority; within one those that were in flight when the connection ended come last, the least often first.
+        """
+        row = self._sql.execute(
+            "SELECT id, priority, topic, payload, created_at, losses, refusals, failures FROM outbox"
+            " WHERE (id <= :up_to OR losses + refusals + failures > 0)"
+            " AND :now - CASE wait_boot_id WHEN :boot_id THEN wait_from ELSE 0 END >= wait_s"
+            " AND id NOT IN (SELECT value FROM json_each(:without)) ORDER BY priority, losses, id LIMIT 1",
+            {
+                "up_to": up_to,
+                "without": json.dumps(list(without)),
+                "now": time.monotonic(),
+                "boot_id": boot_id(),
+            },
+        ).fetchone()
+        return Message(*row) if row else None
+
+    def postpone(
+        self, message_id: int, *, wait_s: float, losses: int = 0, refusals: int = 0, failures: int = 0
+    ) -> None:
+        """Count what went wrong with a message, and let it wait from now on; after a reboot, from the boot on."""
+        self._sql.execute(
+            "UPDATE outbox SET losses = losses + ?, refusals = refusals + ?, failures = failures + ?,"
+            " wait_s = ?, wait_boot_id = ?, wait_from = ? WHERE id = ?",
+            (losses, refusals, failures, wait_s, boot_id(), time.monotonic(), message_id),
+        )
 
     def newest_queued(self) -> int:
         """The id of the message queued last, 0 when nothing waits."""
@@ -142,37 +190,68 @@ class Tables:
         self._sql.executemany("DELETE FROM outbox WHERE id = ?", [(i,) for i in ids])
 
     def queue_size(self) -> QueueSize:
-        row = self._sql.execute(
-            "SELECT count(*), ifnull(sum(length(payload)), 0), min(created_at) FROM outbox"
-        ).fetchone()
+        row = self._sql.execute("SELECT count(*), ifnull(sum(disk_bytes), 0), min(created_at) FROM outbox").fetchone()
         return QueueSize(*row)
 
-    def trim_queue(self, *, max_bytes: int, max_age_s: float, clock_believed: bool) -> int:
-        """Drop messages older than `max_age_s`, then the least important oldest ones above `max_bytes`; the number dropped.
+    def lost_at_least(self, losses: int) -> int:
+        """How many messages were in flight at the end of `losses` connections or more."""
+        return int(self._sql.execute("SELECT count(*) FROM outbox WHERE losses >= ?", (losses,)).fetchone()[0])
 
-        Age is counted by the time since boot for messages of this boot, which a wrong clock does not touch, and for
-        those of earlier boots by the wall clock, only while it is believed.
+    def trim_queue(
+        self,
+        *,
+        max_bytes: int,
+        max_age_s: float,
+        clock_believed: bool,
+        shares: Mapping[int, float] | None = None,
+        keep: Collection[int] = (),
+    ) -> dict[str, int]:
+        """Drop messages older than `max_age_s`, then the least important oldest ones above `max_bytes`; how many of `age`, `size`.
+
+        `shares` maps priorities to the part of `max_bytes` that more important messages can't take from them; those in
+        `keep` stay. Age is counted by the time since boot for messages of this boot, which a wrong clock does not touch,
+        and for those of earlier boots by the wall clock, only while it is believed and was when they were made.
         """
-        dropped = self._sql.execute(
-            "DELETE FROM outbox WHERE (boot_id = ? AND uptime < ?) OR (boot_id != ? AND created_at < ?)",
+        kept = json.dumps(list(keep))
+        too_old = self._sql.execute(
+            "DELETE FROM outbox WHERE ((boot_id = ? AND uptime < ?) OR (boot_id != ? AND clock_believed AND created_at < ?))"
+            " AND id NOT IN (SELECT value FROM json_each(?))",
             (
                 boot_id(),
                 time.monotonic() - max_age_s,
                 boot_id(),
                 time.time() - max_age_s if clock_believed else float("-inf"),
+                kept,
             ),
         ).rowcount
-        excess = self.queue_size().bytes - max_bytes
-        if excess > 0:
-            doomed = []
-            for row in self._sql.execute("SELECT id, length(payload) FROM outbox ORDER BY priority DESC, id"):
-                if excess <= 0:
-                    break
-                doomed.append(row[0])
-                excess -= row[1]
-            self.dequeue(doomed)
-            dropped += len(doomed)
-        return dropped
+        sizes = self._sql.execute(
+            "SELECT priority, sum(disk_bytes) FROM outbox GROUP BY priority ORDER BY priority DESC"
+        ).fetchall()
+        excess = sum(size for _, size in sizes) - max_bytes
+        too_much = 0
+        for priority, size in sizes:
+            if excess <= 0:
+                break
+            wanted = min(excess, size - (shares or {}).get(priority, 0) * max_bytes)
+            dropped, freed = self._drop_oldest(priority, wanted, kept)
+            too_much += dropped
+            excess -= freed
+        return {reason: count for reason, count in (("age", too_old), ("size", too_much)) if count}
+
+    def _drop_oldest(self, priority: int, wanted: float, kept: str) -> tuple[int, int]:
+        """Drop the oldest of a class until `wanted` bytes are free; how many, and their bytes."""
+        doomed, freed = [], 0
+        rows = self._sql.execute(
+            "SELECT id, disk_bytes FROM outbox WHERE priority = ? AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY id",
+            (priority, kept),
+        )
+        for message_id, size in rows:
+            if freed >= wanted:
+                break
+            doomed.append(message_id)
+            freed += size
+        self.dequeue(doomed)
+        return len(doomed), freed
 
     def add_audit(self, actor: str, action: str, detail: dict[str, Any]) -> None:
         """Note who did what to this camera."""

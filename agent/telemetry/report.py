@@ -13,7 +13,7 @@ from typing import Any
 
 METERING_STEP_BYTES = 5 * 1024
 SIGNIFICANT_DIGITS = 5
-TIMES = ("start", "end", "at", "since", "last_image_at")
+TIMES = ("start", "end", "at", "since")
 
 
 def report(
@@ -52,8 +52,17 @@ def report(
 
 
 def event(*, thing_name: str, boot_id: str, seq: int, change: Mapping[str, Any]) -> bytes:
-    """A condition that was set or cleared, as JSON."""
+    """A condition that was set or cleared, or the truth about a job that ended (`job`), as JSON."""
     return encode({"schema": 1, "thing": thing_name, "boot_id": boot_id, "seq": seq, **change})
+
+
+def presence(*, thing_name: str, boot_id: str, session: str, connected: bool) -> bytes:
+    """That the connection is up, or, as the last will, that it was lost, as JSON.
+
+    Both carry the same `session`, so that a will that comes late is not taken for the end of the next session.
+    """
+    connection = "up" if connected else "lost"
+    return encode({"schema": 1, "thing": thing_name, "boot_id": boot_id, "session": session, "connection": connection})
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
@@ -68,7 +77,7 @@ def _compact(value: Any, key: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         return [_compact(item) for item in value]
     if isinstance(value, float):
-        if key in TIMES and math.isfinite(value):
+        if (key in TIMES or key.endswith("_at")) and math.isfinite(value):
             return value
         rounded = float(f"{value:.{SIGNIFICANT_DIGITS}g}")
         if not math.isfinite(rounded):

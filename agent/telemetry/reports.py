@@ -1,4 +1,4 @@
-"""Makes one report a window and one event a change, and puts them into the outbox."""
+"""Makes one report a window and one event a change or ended job, and puts them into the outbox."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from agent.errors import StoreError
 from agent.logs import get_logger
+from agent.store import Tables
 from agent.telemetry import report
-from agent.telemetry.outbox import EVENT, REPORT, Outbox
+from agent.telemetry.outbox import EVENT, JOB, REPORT, Outbox
 
 log = get_logger("reports")
 
@@ -60,6 +61,13 @@ class Reports:
         """Send an event as soon as may be."""
         self._events.put_nowait(change)
 
+    def job_ended(self, tables: Tables, facts: Mapping[str, Any]) -> None:
+        """Queue the truth about a job that ended, in the transaction of `tables` that decides it.
+
+        Called on the store's thread; the caller tells the outbox with `announce_fresh` once the transaction is durable.
+        """
+        self._outbox.add(tables, "event", JOB, self._topics["event"], self._event({"job": facts}))
+
     async def run(self) -> None:
         """Make reports and events until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -83,14 +91,13 @@ class Reports:
 
     async def _make_events(self) -> None:
         while True:
-            change = await self._events.get()
-            await self._put(
-                "event",
-                EVENT,
-                lambda seq, change=change: report.event(  # type: ignore[misc]
-                    thing_name=self._thing_name, boot_id=self._boot_id, seq=seq, change=change
-                ),
-            )
+            await self._put("event", EVENT, self._event(await self._events.get()))
+
+    def _event(self, change: Mapping[str, Any]) -> Callable[[int], bytes]:
+        def render(seq: int) -> bytes:
+            return report.event(thing_name=self._thing_name, boot_id=self._boot_id, seq=seq, change=change)
+
+        return render
 
     def _report(self, window: tuple[float, float], outbox: Mapping[str, Any]) -> Callable[[int], bytes]:
         host, capture, conditions = self._sources.host(), self._sources.capture(), self._sources.conditions()

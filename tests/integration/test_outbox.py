@@ -1,14 +1,32 @@
-"""The outbox on a real file: order, numbering, losses of the connection, refusals, bounds, restarts."""
+"""The outbox on a real file: order, numbering, losses of the connection, refusals, bounds, restarts, full disks."""
 
 import asyncio
 import contextlib
+import itertools
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
 
 import pytest
+import structlog.testing
 
-from agent.errors import CloudError
+import agent.store
+from agent.errors import CloudError, StoreError
+from agent.settings import Cloud as CloudSettings
 from agent.settings import Telemetry
 from agent.store import Store
-from agent.telemetry.outbox import EVENT, REPORT, Outbox
+from agent.telemetry import outbox as outbox_module
+from agent.telemetry.outbox import EVENT, JOB, LOSSES, QUARANTINE_S, REPORT, Outbox
+from agent.telemetry.reports import Reports, Sources
+from tests.certificates import Authority
+from tests.integration import connected
+from tests.integration.mqtt_peer import PUBLISH, MqttPeer
+from tests.virtual_time import EPOCH, virtual_time
+
+HOUR = 3600.0
 
 
 class Cloud:
@@ -102,7 +120,7 @@ async def test_live_goes_before_the_backlog_and_events_before_reports(store):
     assert cloud.got[2:] == [b"report1", b"report2", b"report3", b"report4", b"report5"]
 
 
-async def test_what_waited_is_sent_once_though_the_session_is_up_before_the_outbox_is_told(store):
+async def test_what_waited_keeps_its_pace_though_the_session_is_up_before_the_outbox_is_told(store):
     cloud = Cloud()
     outbox = build(store, cloud)
     cloud.online.set()
@@ -115,13 +133,37 @@ async def test_what_waited_is_sent_once_though_the_session_is_up_before_the_outb
             await put(outbox)
         cloud.acknowledge.clear()
         cloud.online.set()
-        await cloud.wait_for(lambda: len(cloud.got) == 11)
+        await cloud.wait_for(lambda: len(cloud.got) == 2)
+        for _ in range(10):
+            await store.read(lambda t: t.queue_size())
+        assert len(cloud.got) == 2, "nothing counts as live until it is known what waited"
         await outbox.connected()
         for _ in range(10):
             await store.read(lambda t: t.queue_size())
         cloud.acknowledge.set()
         await empty(store)
-    assert sorted(cloud.got) == sorted(f"report{n}".encode() for n in range(1, 12))
+    assert cloud.got == [f"report{n}".encode() for n in range(1, 12)]
+
+
+async def test_what_is_in_flight_is_neither_sent_again_nor_dropped(store):
+    cloud = Cloud()
+    cloud.acknowledge.clear()
+    outbox = build(store, cloud, outbox_max_bytes=65536)
+    cloud.online.set()
+    async with running(outbox):
+        await outbox.connected()
+        await put(outbox, pad=1000)
+        await cloud.wait_for(lambda: len(cloud.got) == 1)
+        await outbox.connected()  # as when a subscription is accepted later: what is in flight is no backlog now
+        for _ in range(80):
+            await put(outbox, pad=1000)
+        assert [m.id for m in await store.read(lambda t: t.queued(limit=1))] == [1]
+        assert len(cloud.got) == 1
+        dropped = (await outbox.status())["dropped"]
+        assert dropped > 0
+        cloud.acknowledge.set()
+        await empty(store)
+    assert len(cloud.got) == len(set(cloud.got)) == 81 - dropped, "exactly what was counted is missing"
 
 
 async def test_nothing_is_lost_over_a_cut_and_a_restart(store, tmp_path):
@@ -161,28 +203,579 @@ async def test_a_lost_acknowledgement_means_a_duplicate_never_a_loss(store):
     assert set(cloud.got) == {b"report1"}
 
 
-async def test_a_message_the_cloud_refuses_for_good_does_not_stop_the_others(store):
-    cloud = Cloud()
-    cloud.refuse = {b"report1"}
-    outbox = build(store, cloud)
-    cloud.online.set()
-    async with running(outbox):
-        await outbox.connected()
-        for _ in range(3):
+class Link:
+    """A connection that ends, with all that is in flight on it, whenever the `poison` is sent; then it comes again."""
+
+    def __init__(self, *, answers=None):
+        self.online = asyncio.Event()
+        self.poison = set()
+        self.answers = answers or {}
+        """Errors for payloads, as PUBACK would bring them."""
+        self.sent, self.got, self.beside = [], [], []
+        """(time, payload) of each attempt; payloads that were acknowledged; what was in flight when poison was sent."""
+        self._ended = asyncio.Event()
+        self._in_flight = []
+
+    async def publish(self, _, payload):
+        if not self.online.is_set():
+            raise CloudError("offline", "not connected", retryable=True)
+        self.sent.append((asyncio.get_running_loop().time(), payload))
+        self._in_flight.append(payload)
+        try:
+            if payload in self.poison:
+                await asyncio.sleep(0)
+                self.beside.append([p for p in self._in_flight if p != payload])
+                self.online.clear()
+                self._ended.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await self._ended.wait()
+            if self._ended.is_set():
+                raise CloudError("connection_lost", "cut", retryable=True)
+            if payload in self.answers:
+                raise self.answers[payload]
+            self.got.append(payload)
+        finally:
+            self._in_flight.remove(payload)
+
+    async def keep_up(self, outbox):
+        """The session: three seconds after the connection ended there is a new one."""
+        while True:
+            self._ended.clear()
+            self.online.set()
+            await outbox.connected()
+            await self._ended.wait()
+            await asyncio.sleep(3)
+
+
+@contextlib.asynccontextmanager
+async def linked(outbox, link):
+    session = asyncio.create_task(link.keep_up(outbox))
+    try:
+        async with running(outbox):
+            yield
+    finally:
+        session.cancel()
+        await asyncio.wait({session})
+
+
+@pytest.fixture
+def virtual(monkeypatch, tmp_path):
+    """Runs `main(path)` on an accelerated clock; `virtual.clock` is what the agent sees."""
+    monkeypatch.setattr(outbox_module, "clock_synchronised", lambda: True)
+    with virtual_time(monkeypatch, agent.store) as (runner, clock):
+
+        def run(main):
+            return runner.run(main(tmp_path / "state.db"))
+
+        run.clock = clock
+        yield run
+
+
+@contextlib.asynccontextmanager
+async def opened(path):
+    store = await Store.open(path)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def drained(store, left=0):
+    async with asyncio.timeout(HOUR):
+        while (await store.read(lambda t: t.queue_size())).messages > left:
+            await asyncio.sleep(0.5)
+
+
+@pytest.mark.conformance("C-CONN-18")
+def test_a_message_that_ends_the_connection_is_put_into_quarantine_and_the_others_flow(virtual):
+    async def main(path):
+        link = Link()
+        link.poison = {b"report4"}
+        async with opened(path) as store:
+            outbox = build(store, link)
+            for _ in range(12):
+                await put(outbox)
+            await put(outbox, EVENT, "event")
+            with structlog.testing.capture_logs() as logged:
+                async with linked(outbox, link):
+                    await drained(store, left=1)
+                    for _ in range(8):
+                        await put(outbox)
+                    await drained(store, left=1)
+                    status = await outbox.status()
+                    assert (status["messages"], status["quarantined"], status["dropped"]) == (1, 1, 0)
+                    assert sorted(link.got) == sorted(
+                        [b"event1", *(f"report{n}".encode() for n in range(1, 21) if n != 4)]
+                    )
+                    assert len(link.beside) == LOSSES, "three connections, not one more"
+                    assert link.beside[1:] == [[], []], "a suspect is sent alone"
+                    attempts = [payload for _, payload in link.sent]
+                    assert attempts.index(b"report12") < attempts.index(b"report4", attempts.index(b"report4") + 1), (
+                        "the others of its class go before a suspect is tried again"
+                    )
+                    await asyncio.sleep(8 * HOUR)
+                    await put(outbox)
+                    await drained(store, left=1)
+            tries = [at for at, payload in link.sent if payload == b"report4"]
+            pauses = [b - a for a, b in itertools.pairwise(tries)]
+            assert [round(pause / HOUR) for pause in pauses] == [0, 0, 1, 2, 4], "it is tried again, ever more seldom"
+            (line,) = [entry for entry in logged if "quarantine" in entry["event"]]
+            assert (line["topic"], line["bytes"]) == ("t/report", 7)
+            assert line["hint"]
+            link.poison.clear()
+            async with linked(outbox, link):
+                await asyncio.sleep(8 * HOUR)
+                await drained(store)
+            assert (await outbox.status())["quarantined"] == 0
+            assert link.got[-1] == b"report4", "in the end it may have been the policy, or bad luck"
+
+    virtual(main)
+
+
+@pytest.mark.conformance("C-CONN-18")
+def test_messages_that_went_down_with_the_poison_are_cleared(virtual):
+    async def main(path):
+        link = Link()
+        async with opened(path) as store:
+            outbox = build(store, link)
+            async with linked(outbox, link):
+                await asyncio.sleep(1)
+                link.poison = {b"report3"}
+
+                def together(tables):
+                    for _ in range(10):
+                        outbox.add(tables, "report", REPORT, "t/report", lambda seq: f"report{seq}".encode())
+
+                await store.write(together)
+                outbox.announce_fresh()
+                await drained(store, left=1)
+                await asyncio.sleep(HOUR / 2)
+            assert len(link.beside[0]) == 9, "ten were in flight"
+            assert link.beside[1:] == [[], []]
+            assert sorted(link.got) == sorted(f"report{n}".encode() for n in range(1, 11) if n != 3)
+            assert (await outbox.status())["quarantined"] == 1
+
+    virtual(main)
+
+
+@pytest.mark.conformance("C-CONN-18")
+def test_a_suspect_is_alone_in_flight_though_there_is_always_something_live(virtual):
+    async def main(path):
+        link = Link()
+        link.poison = {b"report1"}
+        async with opened(path) as store:
+            outbox = build(store, link)
             await put(outbox)
-        await empty(store)
-    assert sorted(cloud.got) == [b"report2", b"report3"]
-    assert (await outbox.status())["dropped"] == 1
+            async with linked(outbox, link):
+                for _ in range(600):
+                    await put(outbox, EVENT, "event")
+                    await asyncio.sleep(0.02)
+                await drained(store, left=1)
+            assert len(link.beside) == LOSSES, "it comes to its turn"
+            assert link.beside[1:] == [[], []]
+            assert sorted(set(link.got)) == sorted(link.got) == sorted(f"event{n}".encode() for n in range(1, 601))
+
+    virtual(main)
 
 
+@pytest.mark.conformance("C-CONN-18")
+def test_losses_are_remembered_over_restarts_and_a_quarantined_message_ages_like_the_rest(virtual):
+    async def main(path):
+        link = Link()
+        link.poison = {b"report1"}
+        async with opened(path) as store:
+            await put(build(store, link))
+        for _ in range(LOSSES):
+            async with opened(path) as store:
+                outbox = build(store, link)
+                link._ended.clear()
+                link.online.set()
+                async with running(outbox):
+                    await outbox.connected()
+                    await link._ended.wait()
+                    await asyncio.sleep(1)
+        async with opened(path) as store:
+            outbox = build(store, link, outbox_max_age_s=5 * 3600)
+            assert (await outbox.status())["quarantined"] == 1
+            async with linked(outbox, link):
+                await asyncio.sleep(QUARANTINE_S / 2)
+                assert len(link.sent) == LOSSES, "the pause goes on over a restart"
+                await asyncio.sleep(QUARANTINE_S)
+                assert len(link.sent) == LOSSES + 1
+                await asyncio.sleep(5 * HOUR)
+                await put(outbox)
+                await drained(store)
+            status = await outbox.status()
+            assert (status["dropped"], status["dropped_by_reason"], status["quarantined"]) == (1, {"age": 1}, 0)
+
+    virtual(main)
+
+
+@pytest.mark.conformance("C-CONN-18")
+async def test_poison_is_put_into_quarantine_with_a_real_session(store, tmp_path):
+    authority = Authority(tmp_path)
+    async with MqttPeer(authority.server_context()) as peer:
+        peer.disconnect_topics = {"t/poison": 0x87}
+        settings = CloudSettings(endpoint="localhost", port=peer.port, ca_file=authority.ca_file)
+        session = connected.make_session("cam", settings, authority.client("cam"))
+        outbox = build(store, Cloud())
+        outbox._publish, outbox._wait_online = session.publish, session.wait_connected
+        session.on_ready(outbox.connected)
+        for _ in range(4):
+            await put(outbox)
+        await put(outbox, kind="poison")
+        for _ in range(4):
+            await put(outbox)
+        async with connected.running(session), running(outbox), asyncio.timeout(60):
+            while (await outbox.status())["quarantined"] == 0 or (await outbox.status())["messages"] > 1:
+                await asyncio.sleep(0.05)
+            await session.wait_connected()
+            await put(outbox)
+            await peer.until(lambda: peer.of(PUBLISH, topic="t/report")[-1].payload == b"report9")
+            while (await outbox.status())["messages"] > 1:
+                await asyncio.sleep(0.05)
+        assert len(peer.of(PUBLISH, topic="t/poison")) == LOSSES
+        assert {p.payload for p in peer.of(PUBLISH, topic="t/report")} == {f"report{n}".encode() for n in range(1, 10)}
+
+
+@pytest.mark.conformance("C-CONN-12")
+def test_what_is_refused_for_good_is_given_up_after_pauses_and_what_is_refused_for_now_is_kept(virtual):
+    async def main(path):
+        link = Link(
+            answers={
+                b"report1": CloudError("not_authorised", "0x87"),
+                b"report2": CloudError("quota_exceeded", "0x97", retryable=True),
+            }
+        )
+        async with opened(path) as store:
+            outbox = build(store, link)
+            async with linked(outbox, link):
+                await asyncio.sleep(1)
+                for _ in range(4):
+                    await put(outbox)
+                await drained(store, left=2)
+                assert sorted(link.got) == [b"report3", b"report4"], "the others flow"
+                await asyncio.sleep(6 * HOUR)
+                tries = {n: [at for at, p in link.sent if p == f"report{n}".encode()] for n in (1, 2)}
+                assert len(tries[1]) == 3
+                assert tries[1][1] - tries[1][0] >= 60
+                assert tries[1][2] - tries[1][1] >= 600
+                assert tries[2][1] - tries[2][0] >= 1
+                assert len(tries[2]) < 6 * 3600 / 200, "ever more seldom"
+                status = await outbox.status()
+                assert (status["dropped"], status["dropped_by_reason"]) == (1, {"refused": 1})
+                link.answers.clear()
+                await drained(store)
+            assert link.got[-1] == b"report2"
+        async with opened(path) as store:
+            assert (await build(store, link).status())["dropped_by_reason"] == {"refused": 1}, "the count is durable"
+
+    virtual(main)
+
+
+@pytest.mark.conformance("C-CONN-12")
+def test_when_all_is_throttled_the_backlog_waits_in_order(virtual):
+    async def main(path):
+        link = Link(answers={})
+        throttled = CloudError("quota_exceeded", "0x97", retryable=True)
+        link.answers = {f"report{n}".encode(): throttled for n in range(1, 31)}
+        async with opened(path) as store:
+            outbox = build(store, link)
+            for _ in range(30):
+                await put(outbox)
+            async with linked(outbox, link):
+                await asyncio.sleep(25)
+                assert len(link.sent) < 8, "no hot loop"
+                link.answers.clear()
+                await drained(store)
+        assert link.got == [f"report{n}".encode() for n in range(1, 31)]
+
+    virtual(main)
+
+
+@pytest.mark.conformance("C-CONN-21")
 async def test_bounds_drop_the_oldest_reports_and_count_them(store):
     outbox = build(store, Cloud(), outbox_max_bytes=65536)
-    await put(outbox, EVENT, "event", pad=1000)
+    for _ in range(5):
+        await put(outbox, EVENT, "event", pad=1000)
+    await put(outbox, JOB, "job", pad=1000)
     for _ in range(80):
         await put(outbox, pad=1000)
     status = await outbox.status()
     assert status["bytes"] <= 65536
-    assert status["messages"] + status["dropped"] == 81
+    assert status["messages"] + status["dropped"] == 86
+    assert status["dropped_by_reason"] == {"size": status["dropped"]}
     kept = [m.payload.rstrip(b"\0") for m in await store.read(lambda t: t.queued(limit=100))]
-    assert kept[0] == b"event1", "an event outlives reports"
-    assert kept[-1] == b"report80"
+    assert kept[:6] == [b"event1", b"event2", b"event3", b"event4", b"event5", b"job1"], "these outlive reports"
+    assert kept[6:] == [f"report{n}".encode() for n in range(81 - len(kept[6:]), 81)], "the newest reports are kept"
+
+
+@pytest.mark.conformance("C-CONN-21")
+async def test_a_flood_of_events_takes_three_quarters_and_reports_keep_the_rest(store):
+    outbox = build(store, Cloud(), outbox_max_bytes=65536)
+    for _ in range(40):
+        await put(outbox, pad=1000)
+    for _ in range(200):
+        await put(outbox, EVENT, "event", pad=1000)
+    kept = [m.payload.rstrip(b"\0") for m in await store.read(lambda t: t.queued(limit=300))]
+    events, reports = ([p for p in kept if p.startswith(kind)] for kind in (b"event", b"report"))
+    assert events[-1] == b"event200"
+    assert reports[-1] == b"report40"
+    assert 0.7 < len(events) / len(kept) < 0.8
+    assert (await outbox.status())["bytes"] <= 65536
+
+
+@pytest.mark.conformance("C-CONN-21")
+async def test_the_number_of_messages_is_bounded_too_and_so_is_the_file(store):
+    outbox = build(store, Cloud(), outbox_max_bytes=65536)
+
+    def many(tables):
+        for _ in range(50):
+            outbox.add(tables, "event", EVENT, "t", lambda _: b"")
+
+    for _ in range(40):
+        await store.write(many)
+    status = await outbox.status()
+    assert status["messages"] + status["dropped"] == 2000
+    assert status["messages"] <= 65536 / 160
+    pages = await store.read(lambda t: t._sql.execute("PRAGMA page_count").fetchone()[0])
+    assert pages * 4096 < 3 * 65536
+
+
+async def test_bounds_hold_whatever_comes(store):
+    chance = random.Random(3)
+    outbox, made = build(store, Cloud(), outbox_max_bytes=65536), 0
+    for _ in range(400):
+        kind, priority = chance.choice((("event", EVENT), ("report", REPORT), ("report", REPORT)))
+        before = await outbox.status()
+        await put(outbox, priority, kind, pad=int(chance.expovariate(1 / 3000)))
+        made += 1
+        status = await outbox.status()
+        assert status["bytes"] <= 65536
+        assert status["messages"] + status["dropped"] == made
+        if before["bytes"] < 50_000 and status["bytes"] < 60_000:
+            assert status["messages"] >= before["messages"]
+    print(f"{made} messages of random sizes tried against the bound")
+
+
+@pytest.mark.conformance("C-CONN-21")
+async def test_a_message_and_a_record_are_of_one_transaction(store):
+    cloud = Cloud()
+    outbox = build(store, cloud)
+    reports = Reports(
+        outbox,
+        Sources(host=dict, capture=dict, conditions=list),
+        thing_name="cam",
+        boot_id="boot",
+        topics={"report": "t/report", "event": "t/event"},
+        agent={},
+        interval_s=60,
+    )
+
+    def decide(tables):
+        tables.put_job("job-1", 1, {"status": "FAILED"}, finished=False)
+        reports.job_ended(tables, {"id": "job-1", "status": "FAILED", "ended_at": 1767225600.123})
+
+    def fail(tables):
+        decide(tables)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await store.write(fail)
+    assert (await outbox.status())["messages"] == 0
+    cloud.online.set()
+    async with running(outbox):
+        await outbox.connected()
+        await store.write(decide)
+        outbox.announce_fresh()
+        await cloud.wait_for(lambda: cloud.got)
+        await empty(store)
+    job = {"id": "job-1", "status": "FAILED", "ended_at": 1767225600.123}
+    assert json.loads(cloud.got[0]) == {"schema": 1, "thing": "cam", "boot_id": "boot", "seq": 1, "job": job}
+
+
+def test_messages_from_a_boot_without_a_clock_are_not_taken_for_old(virtual, monkeypatch):
+    async def main(path):
+        link = Link()
+        async with opened(path) as store:
+            outbox = build(store, link)
+            virtual.clock.offset = 0.0
+            monkeypatch.setattr(outbox_module, "clock_synchronised", lambda: False)
+            monkeypatch.setattr(agent.store, "boot_id", lambda: "boot-1")
+            await put(outbox)
+            virtual.clock.offset = EPOCH
+            monkeypatch.setattr(outbox_module, "clock_synchronised", lambda: True)
+            await put(outbox)
+            monkeypatch.setattr(agent.store, "boot_id", lambda: "boot-2")
+            await put(outbox)
+            assert (await outbox.status())["messages"] == 3, "1970 is not long ago"
+            await asyncio.sleep(8 * 24 * HOUR)
+            await put(outbox)
+            status = await outbox.status()
+            assert (status["messages"], status["dropped_by_reason"]) == (2, {"age": 2})
+
+    virtual(main)
+
+
+@contextlib.contextmanager
+def full_disk(path):
+    """No file of this process may grow beyond the write-ahead log as it is now."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name("state.db-wal").stat().st_size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing_that_is_queued_and_nothing_turns_in_circles(virtual):
+    async def main(path):
+        link = Link()
+        async with opened(path) as store:
+            outbox = build(store, link)
+            for _ in range(6):
+                await put(outbox)
+            async with running(outbox):
+                with full_disk(path), structlog.testing.capture_logs() as logged:
+                    link.online.set()
+                    await outbox.connected()
+                    for _ in range(3):
+                        with pytest.raises(StoreError) as caught:
+                            await put(outbox)
+                        assert caught.value.code == "store_full"
+                    await asyncio.sleep(HOUR)
+                    assert len(link.sent) == 1, "what can't be taken out of the queue is not sent again and again"
+                    assert (await outbox.status())["messages"] == 6
+                    assert len(logged) == 1, "a full disk is not filled with complaints"
+                await drained(store)
+                assert link.got == [f"report{n}".encode() for n in range(1, 7)], "each once, in order"
+                assert await put(outbox) == 7, "numbers of what could not be kept are not used up"
+                await drained(store)
+            status = await outbox.status()
+            assert (status["dropped"], status["dropped_by_reason"]) == (3, {"not_kept": 3})
+
+    virtual(main)
+
+
+async def test_an_agent_that_was_rolled_back_works_on_the_queue(store):
+    """The statements of the first version, on the file of this one."""
+    outbox = build(store, Cloud())
+    await put(outbox)
+
+    def as_before(tables):
+        tables._sql.execute(
+            "INSERT INTO outbox (priority, topic, payload, created_at, boot_id, uptime) VALUES (1, 't/report', ?, 1, 'b', 1)",
+            (b"old",),
+        )
+        return tables._sql.execute("SELECT id, priority, topic, payload, created_at FROM outbox ORDER BY id").fetchall()
+
+    assert [row[3] for row in await store.write(as_before)] == [b"report1", b"old"]
+    assert (await store.read(lambda t: t.backlog(up_to=9))).payload == b"report1"
+
+
+FRAME = 24 + 4096
+
+
+@pytest.mark.conformance("C-CONN-21")
+def test_a_power_cut_at_any_page_that_is_written_loses_nothing_that_was_promised(tmp_path):
+    """The write-ahead log is cut at each of its pages, and in the middle of each: what is left must be enough."""
+    asyncio.run(cut_power(tmp_path))
+
+
+async def cut_power(tmp_path):
+    path, promised, acknowledged = tmp_path / "state.db", [], []
+    log = path.with_name("state.db-wal")
+    store = await Store.open(path)
+    cloud = Cloud()
+    cloud.online.set()
+    outbox = build(store, cloud)
+    original = store.write
+
+    async def write(change):
+        acknowledged.append((log.stat().st_size, set(cloud.got)))
+        return await original(change)
+
+    store.write = write
+    kinds = (("event", EVENT), ("report", REPORT))
+    for _ in range(6):
+        for kind, priority in kinds:
+            promised.append((kind, await put(outbox, priority, kind, pad=3000), log.stat().st_size))
+    async with running(outbox):
+        await outbox.connected()
+        for _ in range(6):
+            for kind, priority in kinds:
+                promised.append((kind, await put(outbox, priority, kind, pad=3000), log.stat().st_size))
+        await empty(store)
+    size = log.stat().st_size
+    assert size < 1000 * FRAME, "the log was not begun anew"
+    copy = tmp_path / "copy" / "state.db"
+    copy.parent.mkdir()
+    tried = 0
+    for at in sorted({*range(32, size + 1, FRAME), *range(32 + FRAME // 2, size, FRAME), size}):
+        shutil.copy(path, copy)
+        copy.with_name("state.db-wal").write_bytes(log.read_bytes()[:at])
+        copy.with_name("state.db-shm").unlink(missing_ok=True)
+        again = await Store.open(copy)
+        waiting = {m.payload.rstrip(b"\0").decode() for m in await again.read(lambda t: t.queued(limit=99))}
+        waiting |= {p.rstrip(b"\0").decode() for begin, got in acknowledged if begin <= at for p in got}
+        numbers = await again.read(lambda t: {kind: t.fact(f"telemetry.seq.{kind}", 0) for kind, _ in kinds})
+        await again.close()
+        assert again.quarantined is None
+        due = [(kind, seq) for kind, seq, end in promised if end <= at]
+        assert {f"{kind}{seq}" for kind, seq in due} <= waiting
+        assert all(numbers[kind] >= seq for kind, seq in due), "no number is given twice"
+        tried += 1
+    await store.close()
+    print(f"{tried} power cuts tried within {len(acknowledged)} transactions")
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from agent.settings import Telemetry
+from agent.store import Store
+from agent.telemetry.outbox import EVENT, REPORT, Outbox
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    online = asyncio.Event()
+    async def publish(topic, payload):
+        print("sent", payload.decode(), flush=True)
+        await asyncio.sleep(0.001)
+        print("acknowledged", payload.decode(), flush=True)
+    outbox = Outbox(store, Telemetry(backlog_per_s=50), publish=publish, wait_online=online.wait)
+    sending = asyncio.create_task(outbox.run())
+    online.set()
+    await outbox.connected()
+    while True:
+        seq = await outbox.put("report", REPORT, "t/report", lambda seq: b"report%d" % seq)
+        print("put", f"report{seq}", flush=True)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.conformance("C-CONN-21")
+async def test_kill_9_at_random_moments_loses_nothing_that_was_promised(tmp_path):
+    path, chance, kills = tmp_path / "state.db", random.Random(9), 25
+    promised, arrived, times = set(), [], 0
+    for _ in range(kills):
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITER, str(path), stdout=asyncio.subprocess.PIPE
+        )
+        lines = [await child.stdout.readline() for _ in range(chance.randrange(1, 60))]
+        await asyncio.sleep(chance.uniform(0, 0.01))
+        child.send_signal(signal.SIGKILL)
+        rest, _ = await child.communicate()
+        for line in b"".join([*lines, rest]).split(b"\n")[:-1]:
+            word, name = line.decode().split()
+            promised |= {name} if word == "put" else set()
+            arrived += [name] if word == "sent" else []
+        store = await Store.open(path)
+        assert store.quarantined is None
+        waiting = {m.payload.decode() for m in await store.read(lambda t: t.queued(limit=10**6))}
+        await store.close()
+        assert promised <= waiting | set(arrived)
+        times += 1
+    again = len(arrived) - len(set(arrived))
+    assert again <= kills * outbox_module.BATCH * 2, "only what was in flight is sent again"
+    print(f"{times} kill -9 tried over {len(promised)} messages, {again} sent twice")

@@ -78,11 +78,14 @@ async def test_queue_order_and_bounds(store):
     messages = await store.read(lambda t: t.queued(limit=100))
     assert [m.priority for m in messages] == [0] * 5 + [1] * 5
     assert [m.id for m in messages[:5]] == sorted(m.id for m in messages[:5])
-    assert await store.write(lambda t: t.trim_queue(max_bytes=750, max_age_s=1e9, clock_believed=True)) == 3
+    each = 100 + len("t") + 160
+    assert (await store.read(lambda t: t.queue_size())).bytes == 10 * each
+    trim = {"max_bytes": 7 * each, "max_age_s": 1e9, "clock_believed": True}
+    assert await store.write(lambda t: t.trim_queue(**trim)) == {"size": 3}
     left = await store.read(lambda t: t.queued(limit=100))
     assert [m.id for m in left if m.priority == 1] == [8, 10], "the oldest of the least important went first"
     assert len(left) == 7
-    assert await store.write(lambda t: t.trim_queue(max_bytes=10**6, max_age_s=-1, clock_believed=False)) == 7
+    assert await store.write(lambda t: t.trim_queue(max_bytes=10**6, max_age_s=-1, clock_believed=False)) == {"age": 7}
     assert (await store.read(lambda t: t.queue_size())).messages == 0
     assert await store.write(lambda t: t.enqueue("t", b"", priority=0)) == 11, "ids are not used again"
 
@@ -179,8 +182,64 @@ async def test_age_is_counted_by_the_time_since_boot_and_not_by_a_clock_that_jum
     await rows(created_at=0.0)  # made in 1970 by the clock, just now in truth
     await rows(uptime=time.monotonic() - 1000)  # old, though the clock says now
     await rows(boot_id="another", created_at=time.time() - 1000)
+    await rows(boot_id="another", created_at=0.0, clock_believed=0)
     trim = {"max_bytes": 10**6, "max_age_s": 500}
-    assert await store.write(lambda t: t.trim_queue(**trim, clock_believed=False)) == 1
-    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [1, 3]
-    assert await store.write(lambda t: t.trim_queue(**trim, clock_believed=True)) == 1
-    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [1]
+    assert await store.write(lambda t: t.trim_queue(**trim, clock_believed=False)) == {"age": 1}
+    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [1, 3, 4]
+    assert await store.write(lambda t: t.trim_queue(**trim, clock_believed=True)) == {"age": 1}
+    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [1, 4], (
+        "4 was made before the clock was set"
+    )
+
+
+async def test_shares_hold_and_what_is_kept_stays(store):
+    def fill(tables):
+        for n in range(20):
+            tables.enqueue("t", bytes(100), priority=n % 2)
+
+    await store.write(fill)
+    each = 100 + len("t") + 160
+    trim = {"max_bytes": 8 * each, "max_age_s": 1e9, "clock_believed": True, "shares": {0: 0.75, 1: 0.25}}
+    assert await store.write(lambda t: t.trim_queue(**trim, keep=[2])) == {"size": 12}
+    left = await store.read(lambda t: t.queued(limit=100))
+    assert [m.id for m in left] == [9, 11, 13, 15, 17, 19, 2, 20], "two of the lesser class, one of which is being sent"
+
+
+async def test_what_went_wrong_with_a_message_is_kept_and_orders_the_backlog(store):
+    def fill(tables):
+        for n in range(6):
+            tables.enqueue("t", b"", priority=0 if n == 5 else 1)
+        tables.postpone(6, wait_s=100, losses=1)
+        tables.postpone(1, wait_s=0, losses=2)
+        tables.postpone(2, wait_s=0, losses=1)
+        tables.postpone(3, wait_s=0, failures=1)
+        return tables.lost_at_least(2)
+
+    assert await store.write(fill) == 1
+    order = []
+    while (message := await store.read(lambda t: t.backlog(up_to=4, without=order))) is not None:
+        order.append(message.id)
+    assert order == [3, 4, 2, 1], "suspects last, the least suspected first; 5 is not backlog, 6 waits"
+    assert [m.id for m in await store.read(lambda t: t.queued(limit=9))] == [4, 5]
+    for wait_s, due in ((time.monotonic() + 1000, 3), (time.monotonic() / 2, 6)):
+        await store.write(
+            lambda t: t._sql.execute("UPDATE outbox SET wait_boot_id = 'another', wait_s = ? WHERE id = 6", (wait_s,))
+        )
+        assert (await store.read(lambda t: t.backlog(up_to=0))).id == due, (
+            "after a reboot the pause counts from the boot"
+        )
+
+
+async def test_a_file_of_the_first_version_is_migrated_with_all_that_waits(tmp_path):
+    path = tmp_path / "state.db"
+    with sqlite3.connect(path) as old:
+        old.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+        old.execute(
+            "INSERT INTO outbox (priority, topic, payload, created_at, boot_id, uptime) VALUES (1, 't', x'78', 1, 'b', 1)"
+        )
+    old.close()
+    store = await Store.open(path)
+    (message,) = await store.read(lambda t: t.queued(limit=9))
+    assert (message.payload, message.losses) == (b"x", 0)
+    assert (await store.read(lambda t: t.queue_size())).bytes == 162
+    await store.close()

@@ -53,6 +53,20 @@ def test_an_event_carries_its_number_and_the_change():
     assert {"thing": "cam", "boot_id": "b", "seq": 3, **change}.items() <= body.items()
 
 
+def test_an_ended_job_is_told_with_its_times_unrounded():
+    job = {"id": "j", "status": "FAILED", "started_at": 1767225600.123, "ended_at": 1767225660.456, "details": {}}
+    body = json.loads(report.event(thing_name="cam", boot_id="b", seq=3, change={"job": job}))
+    assert body["job"] == {"id": "j", "status": "FAILED", "started_at": 1767225600.123, "ended_at": 1767225660.456}
+
+
+def test_will_and_birth_are_of_one_session_and_say_the_opposite():
+    birth, will = (
+        json.loads(report.presence(thing_name="cam", boot_id="b", session="n1", connected=up)) for up in (True, False)
+    )
+    assert birth == {"schema": 1, "thing": "cam", "boot_id": "b", "session": "n1", "connection": "up"}
+    assert will == {**birth, "connection": "lost"}
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

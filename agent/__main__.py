@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ VERSION = "0.1.0"
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status is 0, 1 for a failure, 2 for a wrong argument or configuration."""
     arguments = _parser().parse_args(argv)
+    if arguments.command == "run":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until the daemon listens there is nothing to put away
     gc.disable()  # what is imported stays; collecting while importing costs a third of the start
     from agent import logs, settings
     from agent.errors import AgentError, SettingsError

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,23 +25,32 @@ from agent.errors import AgentError, CloudError
 from agent.health.health import Health
 from agent.health.probes.certificates import validity
 from agent.host import clock, files
-from agent.host.systemd import Notifier, Units
+from agent.host.facts import host_facts
+from agent.host.systemd import Notifier, Units, reboot
+from agent.jobs import conditions
 from agent.jobs.engine import Engine
+from agent.jobs.operation import Operation
+from agent.jobs.operations.reboot import Reboot
 from agent.jobs.operations.restart import Restart
 from agent.jobs.operations.run import Run
 from agent.logs import get_logger, set_level
 from agent.settings import Settings
-from agent.store import Store
+from agent.store import Store, Tables
 from agent.supervise import VitalTaskError, restarting, vital
 from agent.telemetry.outbox import Outbox
+from agent.telemetry.report import presence
 from agent.telemetry.reports import Reports, Sources
+from agent.updates import packages
 from agent.updates.fetch import Limits
+from agent.updates.packages import Packages
 from agent.updates.preflight import restart_target
 from agent.updates.update import Update
 from agent.views import Parts, View
 
 SESSION_RETRY_S = 30.0
 SNAPSHOT_S = 15.0
+NOTED_EARLY = 1000
+"""Changes of conditions kept for reporting while the camera has no name yet."""
 log = get_logger("daemon")
 
 
@@ -59,6 +69,7 @@ class Daemon:
         self._mutation_lock = asyncio.Lock()
         self._parts = Parts(settings, config_file, version, started_at=time.time())
         self._certificate_not_after: float | None = None
+        self._noted_early: deque[dict[str, Any]] = deque(maxlen=NOTED_EARLY)
         self._store: Store
         self._lock: IO[bytes] | None
 
@@ -135,20 +146,18 @@ class Daemon:
             cloud=settings.cloud,
             certificate_file=settings.certificate_file,
             private_key_file=settings.private_key_file,
+            announce=partial(_announce, settings.telemetry.topic_prefix, thing) if settings.cloud.announce else None,
         )
         outbox = parts.outbox = Outbox(
             store, settings.telemetry, publish=session.publish, wait_online=session.wait_connected
         )
         reports = parts.reports = self._build_reports(thing, outbox)
+        while self._noted_early:
+            reports.note(self._noted_early.popleft())
         update = parts.updates = self._build_update(session)
         await update.load()
         jobs = JobsClient(session, thing)
-        engine = parts.engine = Engine(
-            store=store,
-            jobs=jobs,
-            operations={operation.name: operation for operation in (update, self._build_restart(), Run(settings.jobs))},
-            allow=list(settings.jobs.allow),
-        )
+        engine = parts.engine = self._build_engine(jobs, update, await asyncio.to_thread(host_facts))
         jobs.on_notify_next(lambda _: engine.wake())
         configuration = parts.configuration = self._build_configuration(thing, session, update)
 
@@ -171,6 +180,8 @@ class Daemon:
             start("configuration", restarting, configuration.run)
             start("outbox", restarting, outbox.run)
             start("reports", restarting, reports.run)
+            if settings.updates.package_shadow:
+                start("packages", restarting, self._build_packages(thing, session, update).run)
 
     def _build_reports(self, thing: str, outbox: Outbox) -> Reports:
         parts, prefix = self._parts, self._settings.telemetry.topic_prefix
@@ -204,6 +215,47 @@ class Daemon:
             mutation_lock=self._mutation_lock,
             agent_version=self._version,
             limits=Limits(proxy_url=settings.cloud.proxy_url),
+        )
+
+    def _build_engine(self, jobs: JobsClient, update: Update, host: Mapping[str, str]) -> Engine:
+        settings, parts, loop = self._settings, self._parts, asyncio.get_running_loop()
+        assert parts.reports
+        assert parts.outbox
+        reports, outbox, thing = parts.reports, parts.outbox, parts.thing_name or ""
+        boot_id, restart_camera = clock.boot_id(), partial(reboot, settings.jobs.reboot)
+        operations: list[Operation] = [
+            update,
+            self._build_restart(),
+            Reboot(boot_id, restart_camera, self._mutation_lock),
+            Run(settings.jobs, boot_id=boot_id, reboot=restart_camera, mutation_lock=self._mutation_lock),
+        ]
+
+        def on_ended(tables: Tables, ended: Mapping[str, Any]) -> None:
+            reports.job_ended(tables, ended)
+            loop.call_soon_threadsafe(outbox.announce_fresh)  # it looks only after this transaction, on the same thread
+
+        def facts() -> Mapping[str, str]:
+            targets = {name: status["version"] for name, status in update.status().items()}
+            return conditions.facts(
+                host, agent_version=self._version, thing_name=thing, targets=targets, own=settings.jobs.facts
+            )
+
+        return Engine(
+            store=self._store,
+            jobs=jobs,
+            operations={operation.name: operation for operation in operations},
+            allow=list(settings.jobs.allow),
+            facts=facts,
+            on_ended=on_ended,
+        )
+
+    def _build_packages(self, thing: str, session: Session, update: Update) -> Packages:
+        return Packages(
+            self._store,
+            versions=update.versions,
+            changed=update.changed,
+            report=ShadowClient(session, thing, packages.SHADOW).report,
+            wait_online=session.wait_connected,
         )
 
     def _build_restart(self) -> Restart:
@@ -301,6 +353,8 @@ class Daemon:
         level("condition", **{key: change[key] for key in ("condition", "state", "source", "message")})
         if self._parts.reports:
             self._parts.reports.note(change)
+        else:
+            self._noted_early.append(change)
 
 
 class ConfigurationGate:
@@ -326,6 +380,12 @@ class ConfigurationGate:
             cloud=False,  # a lost network says nothing about a configuration that has nothing to do with it
         )
         return verdict.passed is True, list(verdict.reasons)
+
+
+def _announce(prefix: str, thing: str, session: str, connected: bool) -> tuple[str, bytes]:
+    """Topic and payload of the birth message, or of the last will, of the connection with the nonce `session`."""
+    payload = presence(thing_name=thing, boot_id=clock.boot_id(), session=session, connected=connected)
+    return topics.event(prefix, thing), payload
 
 
 def _start(

@@ -120,6 +120,8 @@ class Cloud(Section):
     """MQTT keep-alive; mobile networks drop idle connections after one to five minutes."""
     session_expiry_s: int = Field(3600, ge=0, le=604800, json_schema_extra=unit("s"))
     """How long AWS keeps the session, and queues messages, while the camera is off-line."""
+    announce: bool = True
+    """Say on the event topic when the connection comes, and by a last will when it is lost."""
 
 
 class Provisioning(Section):
@@ -150,13 +152,17 @@ class Jobs(Section):
     allow: list[Operation] = ["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
     """Operations that jobs may use."""
     handler_dir: AbsolutePath = Path("/etc/camera-agent/handlers")
-    """Folder of the handlers that `runHandler` steps may start; neither it nor a handler may be writable by others."""
+    """Folder of the handlers that `runHandler` steps may start; neither it, nor a folder above it, nor a handler may be writable by others."""
     commands: Literal["deny", "allow"] = "deny"
     """Whether `runCommand` steps (AWS-Run-Command) may run."""
     run_as: list[str] = []
     """Users a step may run as, besides the agent's own."""
     step_timeout_s: int = Field(600, ge=1, le=86400, json_schema_extra=unit("s"))
     """Time limit of a step that sets none itself."""
+    facts: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], str] = {}
+    """More that conditions of job documents may ask about, such as `site`; they can't replace the agent's own facts."""
+    reboot: Command | None = None
+    """Command that reboots the camera, exit status 0 meaning that it will. Default: systemd-logind is asked over D-Bus."""
 
 
 class UpdateTarget(Section):
@@ -189,6 +195,8 @@ class Updates(Section):
     """Folder with root.json, the keys that software must be signed with. Without keys every update is refused."""
     targets: dict[Name, UpdateTarget] = {}
     """What may be updated."""
+    package_shadow: bool = True
+    """Report the versions that run in the shadow `$package`, which AWS IoT's software package catalog reads."""
 
     @model_validator(mode="after")
     def _apart(self) -> Updates:
@@ -275,7 +283,7 @@ class Telemetry(Section):
     topic_prefix: str = Field("$aws/rules/camera_fleet/cameras", pattern=r"^[^+#\s]{1,200}$")
     """Reports go to `<prefix>/<thing>/report`, events to `<prefix>/<thing>/event`."""
     outbox_max_bytes: int = Field(16 * 2**20, ge=65536, le=2**40, json_schema_extra=unit("bytes"))
-    """Disk that unsent messages may use; beyond it the oldest are dropped and counted."""
+    """Disk that unsent messages may use, of which a quarter is kept for reports; beyond it the oldest are dropped and counted."""
     outbox_max_age_s: int = Field(7 * 86400, ge=60, le=3650 * 86400, json_schema_extra=unit("s"))
     """Age at which an unsent message is dropped."""
     backlog_per_s: float = Field(5, ge=0.01, le=50, json_schema_extra=unit("messages/s"))

@@ -88,14 +88,25 @@ class Parts:
                     "since": self.started_at,
                 }
             )
-        if link.state != "connected" and offline_for > OFFLINE_AFTER_S:
+        if link.state != "connected" and (offline_for > OFFLINE_AFTER_S or link.code == "taken_over"):
             found.append(
                 {
-                    "condition": "cloud.offline",
+                    "condition": "cloud.taken_over" if link.code == "taken_over" else "cloud.offline",
                     "source": "",
                     "severity": "warning",
                     "message": link.reason or "not connected to AWS IoT",
                     "remedy": link.hint or "agentctl doctor",
+                    "since": link.since,
+                }
+            )
+        if link.state == "connected" and link.code:
+            found.append(
+                {
+                    "condition": "cloud.refused",
+                    "source": "",
+                    "severity": "warning",
+                    "message": link.reason,
+                    "remedy": link.hint,
                     "since": link.since,
                 }
             )
@@ -163,6 +174,11 @@ class View:
             raise RefusedError("job_not_running", f"job {job_id} is not running", "see agentctl jobs")
         await store.write(lambda t: t.add_audit(actor, "job.cancel", {"job_id": job_id}))
 
+    async def plan_job(self, document: Any) -> Json:
+        if self._parts.engine is None:
+            raise RefusedError("not_ready", "no job can be judged until the camera has its identity", "agentctl doctor")
+        return await self._parts.engine.plan(document)
+
     def config(self) -> Json:
         configuration = self._parts.configuration
         if configuration is None:
@@ -212,11 +228,17 @@ class View:
         ]
         if parts.outbox:
             size = await parts.outbox.status()
+            dropped = [({"reason": reason}, count) for reason, count in size["dropped_by_reason"].items()]
             families += [
                 Metric("camera_agent.outbox.messages", "", "gauge", "messages that wait", [({}, size["messages"])]),
                 Metric(
-                    "camera_agent.outbox.dropped", "", "counter", "messages that were dropped", [({}, size["dropped"])]
+                    "camera_agent.outbox.quarantined",
+                    "",
+                    "gauge",
+                    "messages that seem to end the connection and are sent seldom",
+                    [({}, size["quarantined"])],
                 ),
+                Metric("camera_agent.outbox.dropped", "", "counter", "messages that were dropped", dropped),
             ]
         return [*families, *self._host_metrics(), *self._capture_metrics()]
 

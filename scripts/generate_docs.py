@@ -1,4 +1,4 @@
-"""Makes docs/settings.md from agent/settings.py. `--check` exits 1 when the page is stale."""
+"""Makes the generated pages of docs/ from the code and the tests. `--check` exits 1 when one is stale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+import conformance_docs
+import document_schemas
 
 from agent.settings import Remote, Section, Settings
 
@@ -93,12 +96,17 @@ def page() -> str:
 
 
 def main() -> int:
-    wanted = page()
+    wanted = {PAGE: page(), **conformance_docs.outputs(), **document_schemas.outputs()}
     if "--check" in sys.argv:
-        stale = not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted
-        print(f"{PAGE.name} is {'stale: run scripts/generate-docs' if stale else 'up to date'}")
-        return int(stale)
-    PAGE.write_text(wanted, encoding="utf-8")
+        stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        for path in stale:
+            print(f"{path.name} is stale: run scripts/generate-docs")
+        if not stale:
+            print(f"{len(wanted)} generated pages are up to date")
+        return bool(stale)
+    for path, text in wanted.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -10,6 +10,15 @@ from blockbuster import BlockBuster
 from hypothesis import settings
 
 from agent import logs
+from tests import conformance
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    conformance.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    conformance.register(config)
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 from urllib.parse import unquote
 
 from agent.api.openmetrics import CONTENT_TYPE, Metric, render
@@ -36,6 +37,13 @@ class Agent(Protocol):
         """Ask a running job to end; `actor` says who wants it. Raises RefusedError when it can't be cancelled any more."""
         ...
 
+    async def plan_job(self, document: Any) -> Json:
+        """What would become of a job with this document: `accepted`, `operation`, `code`, `message`, `hint`, `steps`.
+
+        Nothing is touched. Raises RefusedError while the camera can't tell.
+        """
+        ...
+
     def config(self) -> Json:
         """`file`, the `effective` keys, and the `shadow`: `state`, `desired_version`, `errors` and the document `desired`.
 
@@ -62,11 +70,12 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What a handler gets: parts of the path in braces, the query, and who asks (`local:<user>`)."""
+    """What a handler gets: parts of the path in braces, the query, who asks (`local:<user>`), and the body."""
 
     path: Mapping[str, str]
     query: Mapping[str, str]
     actor: str
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,25 @@ async def _cancel_job(agent: Agent, request: Request) -> Reply:
     return await _job(agent, request)
 
 
+async def _plan_job(agent: Agent, request: Request) -> Reply:
+    return {"plan": await agent.plan_job(_json_of(request.body))}
+
+
+def _json_of(body: bytes) -> Any:
+    """The JSON value in `body`. Raises RefusedError."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except RecursionError:
+        why = "it is nested too deep"
+    except ValueError as error:
+        why = str(error) if body.strip() else "it is empty"
+    raise RefusedError("bad_request", f"the body is not JSON: {why:.200}", "send the job document as it is")
+
+
 async def _config(agent: Agent, _: Request) -> Reply:
     return agent.config()
 
@@ -177,6 +205,7 @@ async def _metrics_json(agent: Agent, _: Request) -> Reply:
 ROUTES = (
     Route("GET", "/v1/status", "read", _status),
     Route("GET", "/v1/jobs", "read", _jobs),
+    Route("POST", "/v1/jobs/plan", "read", _plan_job),
     Route("GET", "/v1/jobs/{id}", "read", _job),
     Route("POST", "/v1/jobs/{id}/cancel", "write", _cancel_job),
     Route("GET", "/v1/config", "read", _config),

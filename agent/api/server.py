@@ -222,12 +222,12 @@ class Server:
                 f"uid {peer.uid} may look but not change anything",
                 f"use sudo, or become a member of the group {sockets.ADMINS}",
             )
-        await _read_body(request)
+        body = await _read_body(request)
         actor = f"local:{peer.uid}"
         if route.access == "write":
             actor = f"local:{await asyncio.to_thread(sockets.user_name, peer.uid)}"
             log.info("request", method=request.method, path=request.path, actor=actor, pid=peer.pid)
-        reply = await route.handler(self._agent, routes.Request(values, dict(request.query), actor))
+        reply = await route.handler(self._agent, routes.Request(values, dict(request.query), actor, body))
         if isinstance(reply, dict):
             return _json(200, reply)
         if isinstance(reply, routes.Text):

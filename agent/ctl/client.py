@@ -77,9 +77,9 @@ class Client:
         """The JSON object at `target`, a path with its query, which must have these parts."""
         return self._document(self._ask("GET", target), parts)
 
-    def post(self, target: str) -> Json:
-        """The JSON object that a POST without a body answers."""
-        return self._document(self._ask("POST", target), {})
+    def post(self, target: str, body: bytes = b"", **parts: type) -> Json:
+        """The JSON object that a POST with this body answers, which must have these parts."""
+        return self._document(self._ask("POST", target, body), parts)
 
     def text(self, target: str) -> str:
         """The text at `target`."""
@@ -111,10 +111,10 @@ class Client:
             return None
         return {"at": at, "age_s": max(0.0, time.time() - at), "status": status} if isinstance(status, dict) else None
 
-    def _ask(self, method: str, target: str) -> bytes:
+    def _ask(self, method: str, target: str, body: bytes = b"") -> bytes:
         try:
             with Connection(self.path, self.timeout_s) as connection:
-                return b"".join(_exchange(connection, method, target))
+                return b"".join(_exchange(connection, method, target, body))
         except OSError as error:
             raise self._explain(error) from None
 
@@ -195,9 +195,12 @@ class Connection(io.RawIOBase):
         return left
 
 
-def _exchange(connection: Connection, method: str, target: str) -> Iterator[bytes]:
+def _exchange(connection: Connection, method: str, target: str, body: bytes = b"") -> Iterator[bytes]:
     """Send a request and give the pieces of a good answer's body. Raises Failure for any other answer, and OSError."""
-    connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    length = f"Content-Length: {len(body)}\r\n" if body else ""
+    connection.sendall(
+        f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{length}\r\n".encode() + body
+    )
     with io.BufferedReader(connection) as answer:
         first = answer.readline(65536)
         if not first:
@@ -212,11 +215,11 @@ def _exchange(connection: Connection, method: str, target: str) -> Iterator[byte
                 raise garbled("the answer ends in its headers")
             name, _, value = line.partition(b":")
             headers[name.strip().lower()] = value.strip()
-        body = _body(answer, headers)
+        content = _body(answer, headers)
         if status == 200:
-            yield from body
+            yield from content
         else:
-            raise _refusal(status, b"".join(body))
+            raise _refusal(status, b"".join(content))
 
 
 def _body(answer: BinaryIO, headers: dict[bytes, bytes]) -> Iterator[bytes]:

@@ -1,19 +1,24 @@
-"""`agentctl jobs`: what the cloud asked this camera to do, how it went and why; watch one, or cancel it."""
+"""`agentctl jobs`: what the cloud asked this camera to do, how it went and why; watch one, cancel it, or try a document."""
+# pathlib would cost some milliseconds at every start.
+# ruff: noqa: PTH123
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, NoReturn
 
 from agent.ctl import output
 from agent.ctl.arguments import name, seconds
 from agent.ctl.client import Client
-from agent.ctl.exits import ANSWERED, BAD, TIMED_OUT, Failure
+from agent.ctl.exits import ANSWERED, BAD, ERROR, TIMED_OUT, Failure
 
 Json = dict[str, Any]
 
 RUNNING = "IN_PROGRESS"
+FILE_LIMIT = 64 * 1024
 BY_THE_CLOUD = {
     "CANCELED": "the cloud cancelled it",
     "TIMED_OUT": "the cloud's time for it ran out",
@@ -22,7 +27,7 @@ BY_THE_CLOUD = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", prog=parser.prog, metavar="list|show|watch|cancel")
+    actions = parser.add_subparsers(dest="action", prog=parser.prog, metavar="list|show|watch|cancel|plan")
     listing = actions.add_parser("list", help="the latest jobs, the newest first (without an action: this)")
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="how many [20]")
     shown = actions.add_parser("show", help="one job with its details")
@@ -31,6 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     cancelled = actions.add_parser("cancel", help="ask a running job to stop where it safely can")
     for command in (shown, watched, cancelled):
         command.add_argument("id", type=name, metavar="ID", help="the job's id")
+    planned = actions.add_parser(
+        "plan", help="what this camera would do with a job document; exit 11 if it would refuse"
+    )
+    planned.add_argument(
+        "file", type=name, metavar="FILE", help="the document, as it is given to the cloud; - for standard input"
+    )
 
 
 def run(arguments: Namespace, client: Client) -> int:
@@ -48,6 +59,8 @@ def run(arguments: Namespace, client: Client) -> int:
                     f"{output.clean(arguments.id)}: asked to stop; follow it: agentctl jobs watch {output.clean(arguments.id)}"
                 )
             return ANSWERED
+        case "plan":
+            return _plan(arguments, client.post("/v1/jobs/plan", _document(arguments.file), plan=dict))
         case _:
             return _list(arguments, client.get(f"/v1/jobs?limit={getattr(arguments, 'limit', 20)}", jobs=list))
 
@@ -132,6 +145,55 @@ def _show(arguments: Namespace, reply: Json) -> int:
     rows += [[str(key), str(value)] for key, value in (job.get("details") or {}).items() if key != "message"]
     output.show([*lines, "", *output.table([[(str(label), "quiet"), value] for label, value in rows])])
     return ANSWERED
+
+
+def _plan(arguments: Namespace, reply: Json) -> int:
+    plan = reply["plan"]
+    accepted = plan["accepted"] is True
+    if arguments.json:
+        output.show_json(reply)
+    elif accepted:
+        steps = [output.paragraph(f"{number}. ", str(step), 2) for number, step in enumerate(plan["steps"], 1)]
+        verdict = output.paint("this camera would take it", "good")
+        output.show(
+            [f"{output.clean(plan.get('operation') or 'job')}: {verdict}", *(line for step in steps for line in step)]
+        )
+    else:
+        lines = [f"{output.paint('this camera would refuse it', 'bad')} ({output.clean(plan['code'])})"]
+        lines += output.paragraph("", str(plan["message"]), 2)
+        output.show(lines + (output.paragraph("what to do: ", str(plan["hint"]), 2) if plan.get("hint") else []))
+    return ANSWERED if accepted else BAD
+
+
+def _document(path: str) -> bytes:
+    """What is in the file, when it is JSON and not too large to be asked about. Raises Failure."""
+    shown = "standard input" if path == "-" else path
+    try:
+        if path == "-":
+            data = sys.stdin.buffer.read(FILE_LIMIT + 1) if sys.stdin else b""
+        else:
+            with open(path, "rb") as file:
+                data = file.read(FILE_LIMIT + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise Failure(ERROR, "document_unreadable", f"{shown}: {reason}", "name a file with a job document") from None
+    if len(data) > FILE_LIMIT:
+        raise Failure(
+            ERROR, "document_too_large", f"{shown}: larger than {FILE_LIMIT} bytes", "AWS takes 32 KiB at most"
+        )
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number in JSON")
+
+    try:
+        json.loads(data, parse_constant=refuse)
+    except RecursionError:
+        why = "nested too deep"
+    except ValueError as error:
+        why = str(error) if data.strip() else "it is empty"
+    else:
+        return data
+    raise Failure(ERROR, "document_not_json", f"{shown}: not JSON: {why}", "mend the file")
 
 
 def _watch(arguments: Namespace, client: Client) -> int:

@@ -15,7 +15,7 @@ from agent.ctl.exits import ANSWERED, DAEMON_DOWN, ERROR, USAGE, Failure
 VERBS = {
     "status": "everything at a glance, and what needs attention",
     "doctor": "find out what is wrong, and what to do about it",
-    "jobs": "jobs from the cloud: list, show, watch, cancel",
+    "jobs": "jobs from the cloud: list, show, watch, cancel, plan",
     "config": "settings in force and where they come from",
     "update": "what is installed and how the last update went",
     "capture": "how the cameras' images are doing, now",

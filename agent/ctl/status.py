@@ -162,7 +162,10 @@ def _outbox(outbox: Json, now: float) -> list[output.Cell]:
     if outbox.get("oldest_at"):
         words.append(f"oldest {output.duration(now - outbox['oldest_at'])}")
     if dropped:
-        words.append(f"{dropped} dropped, too old or too many")
+        reasons = outbox.get("dropped_by_reason") or {}
+        words.append(f"{dropped} dropped ({', '.join(f'{reason}: {count}' for reason, count in reasons.items())})")
+    if outbox.get("quarantined"):
+        words.append(f"{outbox['quarantined']} quarantined")
     return ["Outbox", f"{waiting} waiting" if waiting else "empty", ", ".join(words)]
 
 

@@ -1,4 +1,4 @@
-"""systemd, when it is there: readiness and watchdog messages to it, and units restarted, reloaded and looked at over D-Bus.
+"""systemd, when it is there: readiness and watchdog messages to it, units restarted, reloaded and looked at, and reboots.
 
 Owner of systemd-python's `daemon` and of dbus-fast. A restart or reload returns only when systemd says the job is done.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import FailedError
+from agent.host import processes
 from agent.logs import get_logger
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ log = get_logger("systemd")
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER_PATH = "/org/freedesktop/systemd1"
 MANAGER = f"{SYSTEMD}.Manager"
+LOGIND = "org.freedesktop.login1"
 BUS = "org.freedesktop.DBus"
 JOB_TIMEOUT_S = 120.0
 REPLY_TIMEOUT_S = 25.0
+REBOOT_COMMAND_TIMEOUT_S = 60.0
 
 DENIED = (f"{BUS}.Error.AccessDenied", f"{BUS}.Error.InteractiveAuthorizationRequired", f"{BUS}.Error.AuthFailed")
 UNKNOWN_UNIT = (f"{SYSTEMD}.NoSuchUnit",)
@@ -37,6 +40,11 @@ ABSENT = (
     f"{BUS}.Error.Disconnected",
     f"{BUS}.Error.TimedOut",
 )
+GOING_DOWN = (
+    f"{LOGIND}.OperationInProgress",
+    *(f"{BUS}.Error.{name}" for name in ("NoReply", "Disconnected", "TimedOut")),
+)
+"""Answers after which the machine may be on its way down."""
 RESULTS = {
     "canceled": "another job took its place",
     "timeout": "it did not start or stop within its own time limit",
@@ -249,6 +257,77 @@ class Units:
                 raise
             self._bus, self._lost = bus, lost
             return bus
+
+
+async def reboot(command: Sequence[str] | None = None) -> None:
+    """Ask for a reboot of the machine: systemd-logind, or `command` where one is given; returns when asked.
+
+    Whether it comes shows only in the machine going down: no answer, and a command that is killed, may well be its
+    beginning. Raises FailedError: `reboot_failed` when it was refused, `systemd_unavailable` when nobody is there to ask.
+    """
+    log.warning("asking for a reboot of the machine", command=list(command) if command else "systemd-logind")
+    await (_reboot_by_command(command) if command else _reboot_by_logind())
+
+
+async def _reboot_by_command(command: Sequence[str]) -> None:
+    try:
+        result = await processes.run(command, timeout_s=REBOOT_COMMAND_TIMEOUT_S)
+    except OSError as error:
+        raise FailedError(
+            "reboot_failed", f"the reboot command {command[0]} can't be started: {error.strerror}", "mend jobs.reboot"
+        ) from None
+    if result.signal is not None and not result.timed_out:
+        log.warning("the reboot command was ended, perhaps by the reboot", how=result.describe())
+    elif not result.succeeded:
+        said = " ".join((result.stderr.text or result.stdout.text).split())[-300:]
+        raise FailedError(
+            "reboot_failed", f"the reboot command {command[0]}: {result.describe()}: {said}", "mend jobs.reboot"
+        )
+
+
+async def _reboot_by_logind() -> None:
+    from dbus_fast import BusType, Message, MessageType
+    from dbus_fast.aio import MessageBus
+
+    request = Message(
+        destination=LOGIND,
+        path="/org/freedesktop/login1",
+        interface=f"{LOGIND}.Manager",
+        member="Reboot",
+        signature="b",
+        body=[False],
+    )
+    try:
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
+            bus = await MessageBus(bus_type=BusType.SYSTEM).connect()
+    except Exception as error:  # noqa: BLE001  dbus-fast raises OSError, AuthError and its own address errors
+        raise _no_logind(f"the system's D-Bus can't be reached: {error or type(error).__name__}") from None
+    reply = None
+    try:
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
+            reply = await bus.call(request)
+    except Exception as error:  # noqa: BLE001  dbus-fast raises OSError, EOFError and errors of its own when the connection ends
+        log.warning("systemd-logind did not answer", reason=str(error) or type(error).__name__)
+    finally:
+        bus.disconnect()
+        await _wait_until_lost(bus)
+    if reply is None or reply.message_type is not MessageType.ERROR:
+        return
+    name, words = reply.error_name or "", str(reply.body[0]) if reply.body else ""
+    if name in (f"{BUS}.Error.ServiceUnknown", f"{BUS}.Error.NameHasNoOwner") or name.startswith(f"{BUS}.Error.Spawn."):
+        raise _no_logind(f"systemd-logind is not on the D-Bus: {words}")
+    if name in GOING_DOWN:
+        log.warning("systemd-logind is already at it", reason=words)
+        return
+    raise FailedError(
+        "reboot_failed",
+        f"systemd-logind refused the reboot: {words or name}",
+        "put 50-camera-agent.rules into /etc/polkit-1/rules.d, see `systemd-inhibit --list`, or set jobs.reboot",
+    )
+
+
+def _no_logind(why: str) -> FailedError:
+    return FailedError("systemd_unavailable", why, "where there is no systemd, set jobs.reboot to a command")
 
 
 async def _call_on(

@@ -1,6 +1,7 @@
 """Job documents: our own operations, and those of the AWS-managed job templates and aws-iot-device-client, unchanged.
 
-`parse` turns any of them into (operation, document with every default filled in), or says what is wrong with it.
+`parse` turns any of them into (operation, document with every default filled in), or says what is wrong with it. The
+models are also where docs/schemas comes from.
 """
 
 from __future__ import annotations
@@ -8,18 +9,33 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from agent.errors import RefusedError
+from agent.jobs.conditions import DEFAULT_TYPE
 
+VERSION = "1.0"
 MAX_DOCUMENT_BYTES = 32768
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
 MAX_PROBLEMS = 8
 PLACEHOLDER = "${aws:iot:"
+MEND = "mend the job document"
+OPTIONAL = re.compile(r"(^|\.)(_.*|path|runAsUser)$")
+"""Where a placeholder that AWS has left is no fault."""
 
 
 def _flag(value: Any) -> Any:
@@ -31,14 +47,68 @@ def _optional_text(value: Any) -> Any:
     return "" if isinstance(value, str) and value.startswith(PLACEHOLDER) else value
 
 
-Flag = Annotated[bool, BeforeValidator(_flag)]
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+
+
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _command(value: str) -> str:
+    if not re.search(COMMAND, value):
+        raise ValueError("must begin with a program's name without blanks, and words are separated by commas")
+    return value
+
+
+COMMAND = r"^\s*(\\,|[^\s,])+\s*(,|$)"
+Flag = Annotated[
+    bool,
+    BeforeValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["true", "false"]}]}),
+]
 OptionalText = Annotated[str, BeforeValidator(_optional_text)]
+Lines = Annotated[
+    Annotated[int, Field(ge=0)] | None,
+    BeforeValidator(_number),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]{1,9}$"}, {"type": "null"}]}
+    ),
+]
+Texts = Annotated[
+    list[str],
+    BeforeValidator(_several),
+    Field(min_length=1, max_length=64),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 64},
+            ]
+        }
+    ),
+]
+Command = Annotated[str, AfterValidator(_command), WithJsonSchema({"type": "string", "pattern": COMMAND})]
 
 
 class Part(BaseModel):
-    """A part of a job document: unknown keys are refused, keys are written as AWS writes them."""
+    """A part of a job document: unknown keys are refused, keys are written as AWS writes them.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    Keys that begin with `_`, such as the `_comment` of AWS's samples, are comments.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        json_schema_extra={"patternProperties": {"^_": {"description": "A comment."}}},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_comments(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if not k.startswith("_")} if isinstance(value, Mapping) else value
 
 
 class Signature(Part):
@@ -61,10 +131,29 @@ class Envelope(Part):
     """At least as many as the root document's threshold asks for."""
 
 
-class UpdateDocument(Part):
-    """Bring a target to the software that a signed manifest names."""
+class Condition(Part):
+    """Something that must hold on the camera, or the job ends REJECTED."""
+
+    key: str = Field(min_length=1, max_length=128)
+    """A fact of the camera, such as `os.id`."""
+    value: Texts
+    """What it is compared with: one text or several, of which one must fit."""
+    type: str = Field(DEFAULT_TYPE, max_length=64)
+    """`stringEqual`, `stringNotEqual`, `stringLike`, `versionAtLeast` or `versionBelow`."""
+
+
+class Document(Part):
+    """What the documents of all operations have in common."""
 
     version: Literal["1.0"]
+    """Of the document's form."""
+    conditions: list[Condition] = Field([], max_length=32)
+    """What must hold on the camera; all of it."""
+
+
+class UpdateDocument(Document):
+    """Bring a target to the software that a signed manifest names."""
+
     operation: Literal["update"]
     target: str = Field(min_length=1, max_length=32)
     """A name from `[updates.targets]` of the camera."""
@@ -74,13 +163,18 @@ class UpdateDocument(Part):
     """Where the artifact can be had, tried in order."""
 
 
-class RestartDocument(Part):
+class RestartDocument(Document):
     """Restart the agent or an update target's program."""
 
-    version: Literal["1.0"]
     operation: Literal["restart"]
     target: str = Field("agent", min_length=1, max_length=32)
     """`agent`, or a name from `[updates.targets]`."""
+
+
+class RebootDocument(Document):
+    """Reboot the camera; done when it has booted again."""
+
+    operation: Literal["reboot"]
 
 
 class HandlerInput(Part):
@@ -97,66 +191,78 @@ class HandlerInput(Part):
 class CommandInput(Part):
     """What a `runCommand` step starts."""
 
-    command: str = Field(min_length=1)
+    command: Command
     """Program and arguments, separated by commas; `\\,` is a comma."""
 
 
-class Action(Part):
-    """One thing to do."""
+class Step(Part):
+    """What every kind of step may say."""
 
     name: str = Field(min_length=1, max_length=256)
     """Label of the step."""
-    type: Literal["runHandler", "runCommand"]
-    input: HandlerInput | CommandInput
     run_as_user: OptionalText = Field("", alias="runAsUser")
     """User to run as; nothing for the agent's own."""
-    allow_std_err: int | None = Field(None, alias="allowStdErr", ge=0)
+    allow_std_err: Lines = Field(None, alias="allowStdErr")
     """Lines on standard error above which the step has failed although it ended with 0."""
     ignore_step_failure: Flag = Field(False, alias="ignoreStepFailure")
     """Go on although this step failed."""
     timeout_s: float | None = Field(None, alias="timeoutSeconds", gt=0, le=86400)
     """Time limit; default: `jobs.step_timeout_s` of the camera."""
 
-    @model_validator(mode="after")
-    def _input_fits(self) -> Action:
-        wanted = HandlerInput if self.type == "runHandler" else CommandInput
-        if not isinstance(self.input, wanted):
-            raise ValueError(f"{self.type} needs input.{'handler' if wanted is HandlerInput else 'command'}")  # noqa: TRY004
-        return self
+
+class HandlerStep(Step):
+    """A program from the camera's handler folder."""
+
+    type: Literal["runHandler"]
+    input: HandlerInput
 
 
-class Step(Part):
+class CommandStep(Step):
+    """Any program, where `jobs.commands` of the camera allows it."""
+
+    type: Literal["runCommand"]
+    input: CommandInput
+
+
+class Action(Part):
     """A step of a job."""
 
-    action: Action
+    action: Annotated[HandlerStep | CommandStep, Field(discriminator="type")]
 
 
-class RunDocument(Part):
+class RunDocument(Document):
     """Steps to run in order; the first failure ends the job unless the step says otherwise."""
 
-    version: Literal["1.0"]
     operation: Literal["run"] = "run"
     include_std_out: Flag = Field(False, alias="includeStdOut")
     """Put the last part of the steps' standard output into the status details."""
-    conditions: list[dict[str, Any]] = []
-    """Conditions on the camera; none can be evaluated, so a document that has any is refused."""
-    steps: list[Step] = Field(min_length=1, max_length=64)
-    final_step: Step | None = Field(None, alias="finalStep")
+    steps: list[Action] = Field(min_length=1, max_length=64)
+    """What to run."""
+    final_step: Action | None = Field(None, alias="finalStep")
     """Runs after every step has succeeded."""
     timeout_s: float | None = Field(None, alias="timeoutSeconds", gt=0, le=604800)
     """Time limit of the whole job."""
 
 
-DOCUMENTS: dict[str, type[Part]] = {"update": UpdateDocument, "restart": RestartDocument, "run": RunDocument}
+DOCUMENTS: dict[str, type[Document]] = {
+    "update": UpdateDocument,
+    "restart": RestartDocument,
+    "reboot": RebootDocument,
+    "run": RunDocument,
+}
 
 
 def parse(document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """The operation a document asks for, and the document in our own form. Raises RefusedError."""
     if not isinstance(document, Mapping):
-        raise RefusedError("bad_document", "the job has no document that is a JSON object", "mend the job document")
+        raise RefusedError("bad_document", "the job has no document that is a JSON object", MEND)
     _check_json(document)
     if len(json.dumps(document)) > MAX_DOCUMENT_BYTES:
         raise RefusedError("bad_document", f"the document is larger than {MAX_DOCUMENT_BYTES} bytes", "make it smaller")
+    version = document.get("version", VERSION)
+    if version != VERSION:
+        shown = _shown(json.dumps(version, ensure_ascii=False))
+        raise RefusedError("unknown_version", f"version: {shown:.80} is not known here", f'use "{VERSION}"')
     operation, normal = _operation(document)
     model = DOCUMENTS.get(operation)
     if model is None:
@@ -165,18 +271,22 @@ def parse(document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
             "unknown_operation", f"operation: {operation!r:.80} is not known here", f"use one of {known}"
         )
     try:
-        parsed = model.model_validate(normal)
+        parsed = model.model_validate({key: value for key, value in normal.items() if key != "$schema"})
     except ValidationError as error:
-        raise RefusedError("bad_document", _explain(error), "mend the job document") from None
+        _refuse_placeholders((place, text) for place, text in _texts(normal) if not OPTIONAL.search(place))
+        raise RefusedError("bad_document", _explain(error), MEND) from None
     result = parsed.model_dump()
-    for where, text in _texts(result):
-        if PLACEHOLDER in text:
-            raise RefusedError(
-                "placeholder_unresolved",
-                f"{where}: AWS did not replace {_shown(text)}",
-                "check the job's presignedUrlConfig, its role and that the object exists",
-            )
+    _refuse_placeholders(_texts(result))
     return operation, result
+
+
+def _refuse_placeholders(texts: Iterable[tuple[str, str]]) -> None:
+    for where, text in texts:
+        if PLACEHOLDER in text:
+            hint = "check the job's presignedUrlConfig, its role and that the object exists"
+            if f"{PLACEHOLDER}parameter:" in text:
+                hint = "give the parameter's value when the job is made from its template"
+            raise RefusedError("placeholder_unresolved", f"{where}: AWS did not replace {_shown(text)}", hint)
 
 
 def _operation(document: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -192,13 +302,9 @@ def _operation(document: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         if old in document:
             step["input"][new] = document[old]  # type: ignore[index]
     if "allowStdErr" in document:
-        step["allowStdErr"] = _number(document["allowStdErr"])
+        step["allowStdErr"] = document["allowStdErr"]
     rest = {k: v for k, v in document.items() if k not in ("operation", "args", "path", "allowStdErr")}
-    return "run", {"version": "1.0", "steps": [{"action": step}], **rest}
-
-
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+    return "run", {"version": VERSION, "steps": [{"action": step}], **rest}
 
 
 def _check_json(document: Mapping[str, Any]) -> None:
@@ -213,15 +319,13 @@ def _check_json(document: Mapping[str, Any]) -> None:
         )
         if words:
             place = _shown(place.lstrip(".")) or "the document"
-            raise RefusedError("bad_document", f"{place}: {words}", "mend the job document")
+            raise RefusedError("bad_document", f"{place}: {words}", MEND)
         if isinstance(value, Mapping):
             for key, below in value.items():
                 if not isinstance(key, str) or _unusable(key):
                     here = f"{place}.{key}" if isinstance(key, str) else f"{place}.{key!r:.40}"
                     words = _unusable(key) if isinstance(key, str) else "is not text"
-                    raise RefusedError(
-                        "bad_document", f"{_shown(here.lstrip('.'))}: the key {words}", "mend the job document"
-                    )
+                    raise RefusedError("bad_document", f"{_shown(here.lstrip('.'))}: the key {words}", MEND)
                 pending.append((f"{place}.{key}", depth + 1, below))
         elif isinstance(value, list):
             pending += [(f"{place}[{index}]", depth + 1, below) for index, below in enumerate(value)]
@@ -252,11 +356,17 @@ def _explain(error: ValidationError) -> str:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for detail in error.errors(include_url=False):
-        path = ".".join(str(part) for part in detail["loc"] if not str(part).endswith("Input")) or "document"
-        words = {"extra_forbidden": "unknown key", "missing": "missing"}.get(
+        words = {"extra_forbidden": "unknown key", "missing": "missing", "union_tag_not_found": "type: missing"}.get(
             detail["type"], detail["msg"].removeprefix("Value error, ")
         )
-        yield f"{_shown(path)}: {words}"
+        if detail["type"] == "union_tag_invalid":
+            words = f"type: must be {detail['ctx']['expected_tags']}"
+        yield f"{_shown('.'.join(_path(detail))) or 'document'}: {words}"
+
+
+def _path(detail: ErrorDetails) -> list[str]:
+    """Where it is in the document, without the kind of step that pydantic puts in between."""
+    return [str(part) for part in detail["loc"] if part not in ("runHandler", "runCommand")]
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Drives one job execution at a time through the machine: journal first, then the effect, until the cloud has the end.
 
-An operation is a plain object (see `Operation`); what it returns or raises decides the terminal status.
+An operation is a plain object (see operation.py); what it returns or raises decides the terminal status.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from agent.cloud.jobs import Execution, JobsClient
 from agent.errors import AgentError, CloudError, FailedError, RefusedError, StoreError
-from agent.jobs import machine
+from agent.jobs import conditions, machine
 from agent.jobs.conversation import RETRY_S, Conversation
 from agent.jobs.document import parse
 from agent.jobs.machine import Effect, Event, Phase, Record
+from agent.jobs.operation import Operation
+from agent.jobs.plan import plan
 from agent.logs import get_logger, redact
 from agent.store import Store, Tables
 
@@ -56,39 +58,38 @@ class Job:
         return await self._engine.fresh_document(self.id, self.execution_number)
 
 
-class Operation(Protocol):
-    """What a job can ask for."""
-
-    @property
-    def name(self) -> str:
-        """The `operation` of its documents."""
-
-    def check(self, document: Mapping[str, Any]) -> None:
-        """Refuse, before anything is touched, what can't be done here. Called in a thread. Raises RefusedError."""
-
-    async def run(self, job: Job) -> dict[str, str]:
-        """Do it, or go on with it after a restart; the status details of SUCCEEDED.
-
-        Raises RefusedError (nothing was touched: REJECTED) or FailedError (FAILED).
-        """
-
-
 class Engine:
-    """The one runner of jobs on this camera."""
+    """The one runner of jobs on this camera.
+
+    `facts` are what conditions of documents may ask about. `on_ended` is called in the transaction in which an end is
+    decided, once for each execution, with what it was.
+    """
 
     def __init__(
-        self, *, store: Store, jobs: JobsClient, operations: Mapping[str, Operation], allow: list[str]
+        self,
+        *,
+        store: Store,
+        jobs: JobsClient,
+        operations: Mapping[str, Operation],
+        allow: list[str],
+        facts: Callable[[], Mapping[str, str]] = dict,
+        on_ended: Callable[[Tables, Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._store = store
         self._cloud = Conversation(jobs)
         self._operations = operations
         self._allow = frozenset(allow)
+        self._facts = facts
+        self._on_ended = on_ended
         self._news = asyncio.Event()
         self._current: Record | None = None
         self._job: Job | None = None
         self._last_offer: tuple[str, int] | None = None
+        self._again_s = 0.0
         self._changing = asyncio.Lock()
         """Held while the running job's record is read, changed and journalled."""
+        self._absorbing = asyncio.Lock()
+        """Held from when the cloud's word on the running job is known until it is in the record."""
 
     @property
     def current(self) -> Record | None:
@@ -161,8 +162,10 @@ class Engine:
     async def _offer(self, execution: Execution) -> bool:
         known = await self._known(execution)
         if known is not None:
+            # The same again: the cloud has not taken in yet what it was told, or never will.
+            self._again_s = min(2 * self._again_s, RETRY_S[1]) if self._last_offer == known.key else RETRY_S[0] / 2
             if self._last_offer == known.key:
-                await asyncio.sleep(RETRY_S[0])  # the cloud has not taken in yet what it was told
+                await asyncio.sleep(self._again_s)
             self._last_offer = known.key
             await self._step(known, machine.Seen(execution.status, execution.version_number))
             return True
@@ -201,8 +204,16 @@ class Engine:
                 f"operation {operation} is not allowed on this camera",
                 "allow it in agent.toml: jobs.allow",
             )
-        await asyncio.to_thread(self._operations[operation].check, normal)
+        await asyncio.to_thread(self._check, self._operations[operation], normal)
         return operation, normal
+
+    def _check(self, operation: Operation, document: Mapping[str, Any]) -> None:
+        conditions.check(document.get("conditions", ()), self._facts())
+        operation.check(document)
+
+    async def plan(self, document: Any) -> dict[str, Any]:
+        """See `agent.jobs.plan.plan`."""
+        return await plan(self._accept, self._operations, document)
 
     async def _known(self, execution: Execution) -> Record | None:
         """The journal's record of what is offered.
@@ -248,8 +259,11 @@ class Engine:
 
     async def _keep(self, record: Record) -> None:
         def change(tables: Tables) -> None:
+            before = tables.job(record.job_id, record.execution_number) or {}
             _put(tables, record)
             tables.prune_jobs(KEPT_EXECUTIONS)
+            if self._on_ended and record.status and not before.get("status"):
+                self._on_ended(tables, _ended_facts(record))
 
         while True:
             try:
@@ -299,12 +313,14 @@ class Engine:
             return machine.Done("SUCCEEDED", {"reason_code": "ok", **_redacted(details)}, time.time())
         finally:
             self._job = None
-            reporter.cancel()
+            async with self._absorbing:
+                reporter.cancel()
             await asyncio.wait({reporter})
 
     async def _report_progress(self) -> None:
         """While the operation runs: tell the cloud what it does, and notice when the cloud has cancelled it."""
         started = time.monotonic()
+        await asyncio.sleep(NEWS_INTERVAL_S)  # the cloud has just been told; a short job needs no more before its end
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
@@ -329,16 +345,30 @@ class Engine:
     async def _absorb(self, event: Event) -> None:
         """Take an answer into the running record; stop the operation when the cloud has ended the job."""
         assert self._current is not None
-        if machine.advance(self._current, event)[1] is Effect.STOP and self._job:
-            log.warning("the cloud has ended this job, stopping it", job_id=self._job.id)
-            self._job.cancelled.set()
-        with contextlib.suppress(StoreError):  # the cloud will say it again
-            await self._change(lambda record: machine.advance(record, event)[0])
+        async with self._absorbing:
+            if machine.advance(self._current, event)[1] is Effect.STOP and self._job:
+                log.warning("the cloud has ended this job, stopping it", job_id=self._job.id)
+                self._job.cancelled.set()
+            with contextlib.suppress(StoreError):  # the cloud will say it again
+                await self._change(lambda record: machine.advance(record, event)[0])
 
 
 def _put(tables: Tables, record: Record) -> None:
     finished = record.phase is Phase.CLOSED
     tables.put_job(record.job_id, record.execution_number, record.to_json(), finished=finished)
+
+
+def _ended_facts(record: Record) -> dict[str, Any]:
+    """What is told of an end beside the job's own status, which the cloud may have decided otherwise meanwhile."""
+    return {
+        "job_id": record.job_id,
+        "execution": record.execution_number,
+        "operation": record.operation,
+        "status": record.status,
+        "reason_code": record.details.get("reason_code", ""),
+        "cloud_status": record.cancelled or record.status,
+        "at": record.ended_at,
+    }
 
 
 def _reason(error: AgentError) -> dict[str, str]:

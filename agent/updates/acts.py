@@ -116,15 +116,19 @@ class Acts:
         return own | ({installed.name: installed.version} if installed else {})
 
     async def preflight(self) -> Outcome:
+        await to_end(discard_others, self._around.downloads_dir, self.manifest.sha256)
+        await self.check_room()
+        return Outcome.DONE
+
+    async def check_room(self) -> None:
+        """Whether download and installation fit on the disk. Raises RefusedError."""
         manifest, around = self.manifest, self._around
-        await to_end(discard_others, around.downloads_dir, manifest.sha256)
         staged = await to_end(self._installer.probe, manifest.sha256) in ("staged", "active")
         have = await to_end(bytes_on_disk, around.downloads_dir, manifest.sha256)
         need = {around.downloads_dir: max(0, manifest.size - have)}
         place = self._installer.free_space()
         need[place] = need.get(place, 0) + (0 if staged else manifest.installed_size)
         await to_end(check_space, need)
-        return Outcome.DONE
 
     async def download(self) -> Outcome:
         manifest, around = self.manifest, self._around

@@ -195,31 +195,6 @@ def epoch(instant: str) -> float:
         _malformed(f"{instant} is not a time")
 
 
-def compare_versions(one: str, other: str) -> int:
-    """Negative, zero or positive as `one` comes before, with or after `other` in Debian's order."""
-    left, right = _version_key(one), _version_key(other)
-    return (left > right) - (left < right)
-
-
-def _version_key(version: str) -> list[tuple[list[int], int]]:
-    """Alternate runs of non-digits and numbers; `~` sorts before the end, letters before everything else."""
-    key = []
-    rest = version
-    while rest:
-        text = rest[: next((i for i, c in enumerate(rest) if c.isdigit()), len(rest))]
-        rest = rest[len(text) :]
-        digits = rest[: next((i for i, c in enumerate(rest) if not c.isdigit()), len(rest))]
-        rest = rest[len(digits) :]
-        key.append(([_rank(c) for c in text] + [0], int(digits or "0")))
-    return [*key, ([0], 0)]
-
-
-def _rank(character: str) -> int:
-    if character == "~":
-        return -1
-    return ord(character) if character.isalpha() else ord(character) + 256
-
-
 def _decode(text: Any, what: str) -> bytes:
     try:
         data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""

@@ -16,7 +16,8 @@ from agent.host.files import free_bytes
 from agent.settings import UpdateTarget
 from agent.updates.gate import Units
 from agent.updates.installers import SUPPORTED
-from agent.updates.manifest import Manifest, compare_versions
+from agent.updates.manifest import Manifest
+from agent.versions import compare_versions
 
 RESTART_TIMEOUT_S = 120.0
 MIN_SPACE = 64 * 2**20

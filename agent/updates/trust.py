@@ -23,13 +23,13 @@ from agent.updates.manifest import (
     Envelope,
     Instant,
     Manifest,
-    compare_versions,
     epoch,
     parse_envelope,
     parse_manifest,
     problems,
     strict_json,
 )
+from agent.versions import compare_versions
 
 ROOT_PAYLOAD_TYPE = "application/vnd.camera-agent.root+json"
 ROOT_FILE = re.compile(r"^([1-9][0-9]{0,8}\.)?root\.json$")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from agent.errors import AgentError, FailedError, RefusedError
 from agent.host.threads import to_end
@@ -13,7 +14,7 @@ from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.store import Store
 from agent.updates import records
-from agent.updates.acts import Job, Surroundings
+from agent.updates.acts import Acts, AlreadyInstalled, Job, Surroundings
 from agent.updates.fetch import DEFAULT_LIMITS, Limits, check_urls
 from agent.updates.flow import Flow
 from agent.updates.gate import Capture, Gate, Units
@@ -27,7 +28,10 @@ log = get_logger("updates")
 
 
 class Update:
-    """The operation; `gate` is the gate it uses, for others who change something."""
+    """The operation; `gate` is the gate it uses, for others who change something.
+
+    `changed` is set whenever `status` may say something else about what is installed.
+    """
 
     name = "update"
 
@@ -73,6 +77,7 @@ class Update:
             settle_deadline_s=settle_deadline_s,
         )
         self._status = {name: _idle() for name in targets}
+        self.changed = asyncio.Event()
 
     async def load(self) -> None:
         """Fill `status` with what is installed; where the slot's record is missing, from the store."""
@@ -104,6 +109,30 @@ class Update:
             raise RefusedError("url_invalid", "the job document has no list of urls", "give at least one")
         check_urls(urls)
 
+    async def plan(self, document: Mapping[str, Any]) -> list[str]:
+        """What run() would do, in words, once the manifest is verified as it would be. Raises RefusedError."""
+        name = document["target"]
+        target, installer = self._targets[name], self._installers[name]
+        acts = Acts(_Planned(document), name, target, installer, self._around, {}, lambda *_: None)
+        manifest = acts.manifest
+        try:
+            await acts.verify()
+        except AlreadyInstalled:
+            return [f"nothing: {manifest.name} {manifest.version} is installed already"]
+        await acts.check_room()
+        now = self._status[name]["version"] or "nothing"
+        hosts = ", ".join(dict.fromkeys(urlsplit(url).hostname or url for url in document["urls"]))
+        probe = f", {' '.join(target.probe)} exits 0" if target.probe else ""
+        terms = f"for {manifest.gate.stable_for_s:g} s within {manifest.gate.deadline_s:g} s"
+        trial = f"trial: {terms} the unit runs{probe}, images flow as before, the cloud is reached again"
+        return [
+            f"download {manifest.size} bytes from {hosts}, resumed after every break, and check their digest",
+            f"unpack {manifest.name} {manifest.version} beside {now} in {target.root}",
+            f"switch to it, and restart: {target.unit or ' '.join(target.restart or []) or 'nothing'}",
+            trial,
+            f"keep it, or go back to {now}",
+        ]
+
     async def run(self, job: Job) -> dict[str, str]:
         """Do the update, or go on with it, to its end. Raises RefusedError (nothing was touched) or FailedError."""
         name = job.document["target"]
@@ -126,6 +155,11 @@ class Update:
         """Per target: version, name, slot (first digits of its digest), state, what it waits for, the next state."""
         return {name: dict(status) for name, status in self._status.items()}
 
+    def versions(self) -> dict[str, str]:
+        """What runs: product → version, the agent included."""
+        running = {status["name"]: status["version"] for status in self._status.values() if status["name"]}
+        return {**running, "camera-agent": self._around.agent_version}
+
     async def _look(self, name: str) -> None:
         status, installer = _idle(), self._installers.get(name)
         try:
@@ -143,6 +177,24 @@ class Update:
         except (AgentError, OSError) as error:
             status["state"], status["waits_for"] = "unknown", str(error)
         self._status[name] = status
+        self.changed.set()
+
+
+class _Planned:
+    """An update that is only planned: there is a document, and nothing has begun."""
+
+    id = ""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.document = document
+        self.progress: dict[str, Any] = {}
+        self.cancelled = asyncio.Event()
+
+    async def save(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("a plan changes nothing")
+
+    async def fresh_document(self) -> Mapping[str, Any]:
+        return self.document
 
 
 def _idle() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 from agent.api.openmetrics import Metric
 from agent.api.server import Server
 from agent.errors import CloudError, RefusedError
+from agent.jobs.document import parse
 
 
 def entry(value: Any, origin: str = "default", *, since: float | None = None, remote: bool = False) -> dict[str, Any]:
@@ -77,7 +78,14 @@ def healthy_state(now: float) -> dict[str, Any]:
             "config": {"state": "applied", "desired_version": 12, "errors": []},
             "updates": {"pipeline": {"version": "1.4.2", "slot": "3f2a9c81d0aa", "state": "active"}},
             "jobs": {"current": None, "last": update},
-            "outbox": {"messages": 0, "bytes": 0, "oldest_at": None, "dropped": 0},
+            "outbox": {
+                "messages": 0,
+                "bytes": 0,
+                "oldest_at": None,
+                "quarantined": 0,
+                "dropped": 0,
+                "dropped_by_reason": {},
+            },
         },
         "jobs": [update],
         "config": {
@@ -108,6 +116,7 @@ class FakeAgent:
     def __init__(self, state: dict[str, Any]) -> None:
         self._state = state
         self.cancelled: list[tuple[str, str]] = []
+        self.planned: list[Any] = []
         self.streams_open = 0
         self.stream_interval_s = 0.02
 
@@ -133,6 +142,20 @@ class FakeAgent:
         if job is None or job["status"]:
             raise RefusedError("job_ended", f"job {job_id} has ended", "nothing is left to cancel")
         self.cancelled.append((job_id, actor))
+
+    async def plan_job(self, document: Any) -> dict[str, Any]:
+        """The real judgement of the document's form; a camera without handlers, so that every step is refused."""
+        self.planned.append(document)
+        verdict: dict[str, Any] = {"operation": None, "code": "ok", "message": "", "hint": "", "steps": []}
+        try:
+            operation, normal = parse(document)
+            if operation == "run":
+                handler = normal["steps"][0]["action"]["input"].get("handler")
+                raise RefusedError("handler_missing", f"{handler}: No such file or directory", "install it first")
+        except RefusedError as error:
+            return verdict | {"accepted": False, "code": error.code, "message": error.message, "hint": error.hint}
+        steps = ["wait for the end of other changes", f"{operation} \x1b[31m the {'camera ' * 20}"]
+        return verdict | {"accepted": True, "operation": operation, "steps": steps}
 
     def config(self) -> dict[str, Any]:
         return dict(self.state["config"])

@@ -363,6 +363,97 @@ def test_cancelling(camera: Camera):
     assert (code, document["error"]["code"]) == (1, "job_ended")
 
 
+DOCUMENTS = {
+    "reboot": '{"version": "1.0", "operation": "reboot"}',
+    "new": '{"version": "2.0", "operation": "reboot"}',
+    "steps": '{"_comment": "sample", "operation": "echo", "args": ["Hello"]}',
+    "list": "[]",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        (
+            "reboot",
+            0,
+            "reboot: this camera would take it\n  1. wait for the end of other changes\n  2. reboot ?[31m the",
+        ),
+        (
+            "new",
+            11,
+            'this camera would refuse it (unknown_version)\n  version: "2.0" is not known here\n  what to do: use',
+        ),
+        ("steps", 11, "(handler_missing)\n  echo: No such file or directory\n  what to do: install it first\n"),
+        ("list", 11, "(bad_document)"),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "standard input"])
+def test_a_document_is_tried(camera: Camera, name: str, code: int, said: str, way: str):
+    file = camera.folder / "job.json"
+    file.write_text(DOCUMENTS[name])
+    given: dict[str, Any] = {} if way == "file" else {"input": DOCUMENTS[name]}
+    words = ["jobs", "plan", str(file) if way == "file" else "-"]
+    done = camera.run(*words, **given)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert said in done.stdout
+    assert ESCAPE not in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    done = camera.run(*words, "--json", **given)
+    plan = json.loads(done.stdout)["plan"]
+    assert (done.returncode, plan["accepted"]) == (code, code == 0)
+    assert plan.keys() == {"accepted", "operation", "code", "message", "hint", "steps"}
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "said"),
+    [
+        (None, "document_unreadable", "No such file or directory"),
+        (b"", "document_not_json", "it is empty"),
+        (b'{"version": "1.0",}', "document_not_json", "line 1 column"),
+        (b'{"timeoutSeconds": NaN}', "document_not_json", "NaN is no number"),
+        (b"[" * 50_000, "document_not_json", "nested too deep"),
+        (b"\xff\xfe\xfd", "document_not_json", "codec"),
+        (b" " * 65_537, "document_too_large", "larger than 65536 bytes"),
+    ],
+)
+def test_what_is_no_document_is_told_before_anything_is_asked(down: Camera, data: bytes | None, code: str, said: str):
+    file = down.folder / "job.json"
+    if data is not None:
+        file.write_bytes(data)
+    exit_code, document = down.json("jobs", "plan", str(file))
+    assert (exit_code, document["error"]["code"]) == (1, code)
+    assert said in document["error"]["message"]
+    done = down.run("jobs", "plan", str(file))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert str(file) in done.stderr.replace("\n", " ")
+
+
+def test_what_can_not_be_read_as_a_document(down: Camera):
+    for path, said in ((str(down.folder), "Is a directory"), ("a\udcff.json", "No such file"), ("/dev/zero", "larger")):
+        done = down.run("jobs", "plan", path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert said in done.stderr.replace("\n", " ")
+
+
+def test_planning_without_the_daemon(down: Camera):
+    assert down.run("jobs", "plan", "-", input=DOCUMENTS["reboot"]).returncode == 3
+
+
+def test_a_document_of_the_largest_size_arrives(camera: Camera):
+    text = '{"version": "1.0", "_comment": "%s"}' % ("x" * 65_000)
+    done = camera.run("jobs", "plan", "-", "--json", input=text)
+    assert (done.returncode, json.loads(done.stdout)["plan"]["code"]) == (11, "bad_document")
+
+
+@needs_root
+def test_an_operator_may_try_a_document(camera: Camera):
+    file = camera.folder / "job.json"
+    file.write_text(DOCUMENTS["reboot"])
+    with as_nobody(camera, 0o666) as run:
+        assert run("jobs", "plan", str(file)).returncode == 0
+
+
 # ---- config -----------------------------------------------------------------------------------------------------------
 
 
@@ -575,6 +666,8 @@ def test_config_check_lets_the_agent_judge(down: Camera):
         ["frobnicate"],
         ["status", "--frob"],
         ["jobs", "show"],
+        ["jobs", "plan"],
+        ["jobs", "plan", ""],
         ["status", "--wait", "rain"],
         ["jobs", "list", "--limit", "x"],
         ["status", "--wait", "online", "--timeout", "nan"],

@@ -27,7 +27,9 @@ from agent.api.openmetrics import CONTENT_TYPE
 from agent.api.routes import ROUTES
 from agent.api.server import BODY_LIMIT, Server
 from agent.api.sockets import Peer
-from agent.errors import AgentError
+from agent.errors import AgentError, RefusedError
+from agent.settings import Settings
+from agent.views import Parts, View
 from tests.integration.fake_daemon import FakeAgent, healthy_state
 
 NOBODY = 65534
@@ -266,6 +268,77 @@ async def test_what_can_not_be_cancelled_is_a_conflict(api: Running):
     assert (await api.post("/v1/jobs/unknown/cancel"))[0] == 404
 
 
+REBOOT = '{"version": "1.0", "operation": "reboot"}'
+
+
+async def test_a_document_is_judged_and_nothing_is_said_of_it_in_the_log(api: Running):
+    secret = '{"version": "1.0", "operation": "restart", "target": "very-secret"}'
+    with structlog.testing.capture_logs() as logged:
+        status, document = await api.post("/v1/jobs/plan", REBOOT)
+        refused = await api.post("/v1/jobs/plan", '{"version": "2.0", "operation": "reboot"}')
+        await api.post("/v1/jobs/plan", secret)
+    assert status == 200
+    assert document["schema"] == 1
+    assert (document["plan"]["accepted"], document["plan"]["operation"], document["plan"]["code"]) == (
+        True,
+        "reboot",
+        "ok",
+    )
+    assert len(document["plan"]["steps"]) == 2
+    assert refused[0] == 200
+    assert (refused[1]["plan"]["accepted"], refused[1]["plan"]["code"]) == (False, "unknown_version")
+    assert refused[1]["plan"]["hint"]
+    assert len(api.agent.planned) == 3
+    assert "secret" not in json.dumps([entry for entry in logged if entry["log_level"] != "debug"])
+
+
+@pytest.mark.parametrize("body", ["[1]", '"x"', "7", "null"])
+async def test_a_document_that_is_no_object_is_refused_by_the_camera(api: Running, body: str):
+    status, document = await api.post("/v1/jobs/plan", body)
+    assert (status, document["plan"]["accepted"], document["plan"]["code"]) == (200, False, "bad_document")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        (b"{", "line 1 column 2"),
+        (b'{"a": NaN}', "NaN is no number in JSON"),
+        (b'{"a": -Infinity}', "-Infinity is no number in JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+        (b"[" * 60_000, "nested too deep"),
+        (b"\xff\xfe\xfd", "codec"),
+    ],
+)
+async def test_a_body_that_is_no_json_is_the_clients_fault(api: Running, body: bytes, said: str):
+    status, document = await api.post("/v1/jobs/plan", body)
+    assert (status, document["error"]["code"]) == (400, "bad_request")
+    assert said in document["error"]["message"]
+    assert len(document["error"]["message"]) < 300
+    assert api.agent.planned == []
+
+
+async def test_before_the_camera_has_its_identity_nothing_is_judged():
+    class Engine:
+        async def plan(self, document):
+            return {"accepted": True, "operation": document["operation"]}
+
+    parts = Parts(Settings(), Path("/etc/camera-agent/agent.toml"), "0.2.0", time.time())
+    with pytest.raises(RefusedError) as caught:
+        await View(parts).plan_job({"operation": "reboot"})
+    assert (caught.value.code, caught.value.hint) == ("not_ready", "agentctl doctor")
+    assert (await View(replace(parts, engine=Engine())).plan_job({"operation": "reboot"}))["operation"] == "reboot"
+
+
+async def test_a_document_beyond_all_measure_is_not_read(api: Running):
+    status, document = await api.post("/v1/jobs/plan", b" " * (BODY_LIMIT + 1))
+    assert (status, document["error"]["code"]) == (413, "body_too_large")
+    document = (await api.post("/v1/jobs/plan", '{"a": "%s"}' % ("x" * (BODY_LIMIT - 9))))[1]
+    assert (document["plan"]["accepted"], document["plan"]["code"]) == (False, "bad_document")
+    assert "larger than" in document["plan"]["message"]
+
+
 ASK_AS = """
 import socket, sys
 s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
@@ -296,6 +369,7 @@ async def ask_as(path: Path, groups: list[int], method: str, target: str) -> str
 async def test_others_may_look_and_not_change(api: Running):
     api.agent.state["jobs"] = [{"job_id": "long", "status": None, "phase": "running"}]
     assert " 200 " in await ask_as(api.path, [], "GET", "/v1/status")
+    assert " 400 " in await ask_as(api.path, [], "POST", "/v1/jobs/plan")  # may ask, and sends nothing
     assert " 403 " in await ask_as(api.path, [], "POST", "/v1/jobs/long/cancel")
     assert api.agent.cancelled == []
 

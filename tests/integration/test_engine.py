@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +14,7 @@ from agent.jobs import conversation
 from agent.jobs import engine as engine_module
 from agent.jobs.engine import Engine
 from agent.store import Store
+from tests import skipping_loop
 from tests.fakes import TERMINAL, JobsService
 
 DOCUMENT = {"version": "1.0", "operation": "restart"}
@@ -92,6 +95,7 @@ async def test_a_job_is_announced_run_and_reported(store):
     assert record["superseded"] is None
 
 
+@pytest.mark.conformance("C-JOBS-12", "F-20")
 @pytest.mark.parametrize(
     ("document", "allow", "refuse", "code"),
     [
@@ -112,6 +116,7 @@ async def test_what_is_not_acceptable_is_rejected_before_anything_is_touched(sto
     assert work.runs == []
 
 
+@pytest.mark.conformance("C-JOBS-12", "F-14")
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
@@ -132,6 +137,7 @@ async def test_how_an_operation_ends_is_the_status(store, error, status, code):
     assert cloud.details("a")["reason_code"] == code
 
 
+@pytest.mark.conformance("C-JOBS-21")
 async def test_lost_requests_and_answers_at_every_place_change_nothing(store):
     tried = 0
     for kind in ("lose_request", "lose_answer"):
@@ -161,6 +167,7 @@ async def test_lost_requests_and_answers_at_every_place_change_nothing(store):
     print(f"{tried} losses tried")
 
 
+@pytest.mark.conformance("C-JOBS-22")
 async def test_the_journal_knows_before_the_cloud(store):
     seen = []
 
@@ -177,6 +184,7 @@ async def test_the_journal_knows_before_the_cloud(store):
     assert seen == [("IN_PROGRESS", "received", None), ("SUCCEEDED", "ended", "SUCCEEDED")]
 
 
+@pytest.mark.conformance("C-JOBS-07", "F-18")
 async def test_a_restart_of_the_agent_goes_on_with_what_was_saved(store):
     saved, go_on = asyncio.Event(), asyncio.Event()
 
@@ -199,6 +207,7 @@ async def test_a_restart_of_the_agent_goes_on_with_what_was_saved(store):
     go_on.set()
 
 
+@pytest.mark.conformance("C-JOBS-22")
 async def test_the_terminal_status_is_sent_after_a_restart_until_it_is_taken(store):
     cloud, work = JobsService(), Work()
     cloud.create("a", DOCUMENT)
@@ -221,6 +230,7 @@ async def test_the_terminal_status_is_sent_after_a_restart_until_it_is_taken(sto
     assert len(work.runs) == 1
 
 
+@pytest.mark.conformance("C-JOBS-08", "F-18")
 async def test_an_execution_in_progress_that_the_journal_does_not_know_was_interrupted(store):
     cloud, work = JobsService(), Work()
     cloud.create("a", DOCUMENT, status="IN_PROGRESS")
@@ -230,6 +240,7 @@ async def test_an_execution_in_progress_that_the_journal_does_not_know_was_inter
     assert work.runs == []
 
 
+@pytest.mark.conformance("C-JOBS-09")
 async def test_the_same_execution_runs_once_and_a_retry_runs(store):
     cloud, work = JobsService(), Work()
     cloud.create("a", DOCUMENT)
@@ -243,6 +254,7 @@ async def test_the_same_execution_runs_once_and_a_retry_runs(store):
     assert [(job, number) for job, number, _ in work.runs] == [("a", 1), ("a", 2)]
 
 
+@pytest.mark.conformance("C-JOBS-10", "C-JOBS-11")
 async def test_jobs_wait_for_the_running_one(store):
     release = asyncio.Event()
 
@@ -265,6 +277,7 @@ async def test_jobs_wait_for_the_running_one(store):
     assert (cloud.status("a"), cloud.status("b")) == ("SUCCEEDED", "SUCCEEDED")
 
 
+@pytest.mark.conformance("C-JOBS-18")
 @pytest.mark.parametrize("end", ["CANCELED", "TIMED_OUT", "REMOVED"])
 async def test_what_the_cloud_ends_is_stopped_and_not_reported_over(store, end):
     async def act(job):
@@ -354,6 +367,7 @@ async def test_a_full_disk_makes_the_job_wait_not_the_agent_end(store, monkeypat
     assert cloud.status("a") == "SUCCEEDED"
 
 
+@pytest.mark.conformance("F-08", "F-13")
 async def test_a_document_that_breaks_its_check_is_rejected_and_the_engine_lives(store):
     cloud, work = JobsService(), Work(refuse=ZeroDivisionError("a bug of ours"))
     cloud.create("a", DOCUMENT)
@@ -402,6 +416,7 @@ async def test_a_job_created_again_under_the_same_name_runs_again(store):
     assert cloud.status("a") == "SUCCEEDED"
 
 
+@pytest.mark.conformance("C-JOBS-20")
 async def test_a_throttled_question_is_asked_again_soon(store, monkeypatch):
     monkeypatch.setattr(engine_module, "POLL_S", 1000)
     cloud, work = JobsService(), Work()
@@ -412,6 +427,7 @@ async def test_a_throttled_question_is_asked_again_soon(store, monkeypatch):
     assert len(work.runs) == 1
 
 
+@pytest.mark.conformance("C-JOBS-29")
 async def test_the_next_job_is_asked_for_after_a_resumed_one(store, monkeypatch):
     monkeypatch.setattr(engine_module, "POLL_S", 1000)
     begun = asyncio.Event()
@@ -450,6 +466,7 @@ async def test_a_cloud_that_refuses_without_end_is_not_asked_without_pause(store
     assert cloud.status("a") == "SUCCEEDED"
 
 
+@pytest.mark.conformance("F-21")
 async def test_an_end_that_the_cloud_finds_malformed_does_not_block_the_next_job(store):
     cloud = JobsService()
 
@@ -490,6 +507,7 @@ async def test_a_local_cancel_holds_over_a_restart(store):
     assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "cancelled")
 
 
+@pytest.mark.conformance("C-JOBS-07", "C-JOBS-08", "F-08")
 async def test_a_record_of_a_later_version_can_be_used_and_a_damaged_one_does_no_harm(store):
     cloud, work = JobsService(), Work()
     for job_id in ("later", "damaged"):
@@ -504,3 +522,121 @@ async def test_a_record_of_a_later_version_can_be_used_and_a_damaged_one_does_no
         await closed(store, "damaged")
     assert cloud.status("later") == "SUCCEEDED"
     assert (cloud.status("damaged"), cloud.details("damaged")["reason_code"]) == ("FAILED", "interrupted")
+
+
+@pytest.mark.conformance("C-JOBS-07", "C-JOBS-09", "C-CONN-29")
+@pytest.mark.parametrize("status", ["QUEUED", "IN_PROGRESS"])
+async def test_an_ended_execution_that_an_old_answer_offers_again_is_not_run_again(store, status):
+    class Lagging(JobsService):
+        old = None
+
+        async def describe_next(self):
+            (old, self.old), fresh = (self.old, None), await super().describe_next()
+            return fresh or old
+
+    cloud, work, asked = Lagging(), Work(), []
+    cloud.create("a", DOCUMENT)
+    update = cloud.update
+
+    async def noted(job_id, **options):
+        asked.append(options["status"])
+        return await update(job_id, **options)
+
+    cloud.update = noted
+    offered = replace(await cloud.describe_next(), status=status)
+    async with running(store, cloud, work) as engine:
+        await closed(store, "a")
+        cloud.old = offered
+        engine.wake()
+        await until(lambda: len(asked) > 2)
+        cloud.create("b", DOCUMENT)
+        engine.wake()
+        await closed(store, "b")
+        record = await journal(store, "a")
+    assert [name for name, _, _ in work.runs] == ["a", "b"]
+    assert {status for status in asked if status in TERMINAL} == {"SUCCEEDED"}
+    assert record["phase"] == "closed"
+    assert "SUCCEEDED" in (record["status"], record["superseded"])
+
+
+class Timed(JobsService):
+    """Notes when which update came, with its step timer, by the loop's clock."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    async def update(self, job_id, **options):
+        at = asyncio.get_running_loop().time()
+        self.times.append((at, options["status"], options["step_timeout_minutes"]))
+        return await super().update(job_id, **options)
+
+
+def in_no_time(path, monkeypatch, scenario):
+    """Run `scenario(store)` with the engine's real times, on a loop whose clock jumps."""
+    monkeypatch.undo()
+
+    async def main():
+        store = await Store.open(path)
+        try:
+            await scenario(store)
+        finally:
+            await store.close()
+
+    skipping_loop.run(main())
+
+
+@pytest.mark.conformance("C-JOBS-19", "C-JOBS-23")
+def test_during_a_long_step_the_cloud_hears_of_it_and_its_timer_never_comes_half_way(tmp_path, monkeypatch):
+    async def act(job):
+        await asyncio.sleep(24 * 3600)
+        return {"message": "done"}
+
+    async def scenario(store):
+        cloud = Timed()
+        cloud.create("a", DOCUMENT)
+        async with running(store, cloud, Work(act)) as engine:
+            while cloud.status("a") != "SUCCEEDED":
+                await asyncio.sleep(60)
+            assert engine.current is None
+        began = [(at, minutes) for at, status, minutes in cloud.times if status == "IN_PROGRESS"]
+        assert len(began) >= 24 * 60
+        for (earlier, minutes), (later, _) in itertools.pairwise(began):
+            assert 1 <= minutes <= 10080
+            assert later - earlier <= min(60, minutes * 60 / 2), "a forced cancel is noticed within a minute"
+
+    in_no_time(tmp_path / "state.db", monkeypatch, scenario)
+
+
+@pytest.mark.conformance("C-JOBS-29")
+def test_the_next_job_comes_within_ten_seconds_without_a_notification(tmp_path, monkeypatch):
+    async def scenario(store):
+        cloud = Timed()
+        for number in range(20):
+            cloud.create(f"job-{number}", DOCUMENT)
+        async with running(store, cloud, Work()):
+            while cloud.status("job-19") != "SUCCEEDED":
+                await asyncio.sleep(1)
+        times = [at for at, _, _ in cloud.times]
+        assert len(times) == 40
+        assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 10
+
+    in_no_time(tmp_path / "state.db", monkeypatch, scenario)
+
+
+@pytest.mark.conformance("F-12")
+def test_a_job_that_ends_the_agent_each_time_is_given_up(tmp_path, monkeypatch):
+    async def scenario(store):
+        cloud, work = JobsService(), Work(lambda job: asyncio.Event().wait())
+        cloud.create("a", DOCUMENT)
+        starts = 0
+        while cloud.status("a") not in TERMINAL:
+            before = len(work.runs)
+            async with running(store, cloud, work):
+                while len(work.runs) == before and cloud.status("a") not in TERMINAL:
+                    await asyncio.sleep(0.1)
+            starts += 1
+            assert starts < 20
+        assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "restarted_too_often")
+
+    in_no_time(tmp_path / "state.db", monkeypatch, scenario)

@@ -9,6 +9,8 @@ from agent.jobs.operations.restart import Restart
 
 
 class Job:
+    id = "job-1"
+
     def __init__(self, target, progress=None):
         self.document = {"target": target}
         self.progress = progress or {}
@@ -70,3 +72,26 @@ async def test_it_waits_for_another_change_and_a_cancel_ends_the_wait():
     await tasks[0]
     assert calls == ["pipeline"]
     assert not lock.locked()
+
+
+async def test_a_lock_that_comes_together_with_the_end_of_the_task_is_given_back():
+    for ticks in range(6):
+        lock = asyncio.Lock()
+        operation, _ = build(lock)
+        await lock.acquire()
+        task = asyncio.create_task(operation.run(Job("pipeline")))
+        await asyncio.sleep(0)
+        lock.release()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        await asyncio.sleep(0)
+        assert not lock.locked(), f"{ticks} turns of the loop after the release"
+
+
+async def test_the_plan():
+    operation, calls = build()
+    assert await operation.plan({"target": "agent"}) == ["restart the agent", "succeed when its successor has started"]
+    assert (await operation.plan({"target": "pipeline"}))[-1] == "restart pipeline"
+    assert calls == []

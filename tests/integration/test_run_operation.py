@@ -1,78 +1,33 @@
 """Operation `run`: real programs, the local policy, and truthful ends."""
 
 import asyncio
+import json
 import os
 import pwd
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from agent.errors import FailedError, RefusedError
-from agent.jobs.document import parse
-from agent.jobs.operations.run import Run, split_command
-from agent.settings import Jobs
+from agent.jobs.operations.policy import split_command
+from tests.integration.steps import Handlers, Job, alive, command, document, kill, operation, run, step, written
+from tests.places import own_folder
 
-
-class Job:
-    def __init__(self, document, progress=None):
-        self.document = parse(document)[1]
-        self.progress = progress or {}
-        self.cancelled = asyncio.Event()
-        self.messages = []
-        self.saved = asyncio.Event()
-
-    async def save(self, progress, message):
-        self.progress = progress
-        self.messages.append(message)
-        self.saved.set()
+ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: only root can run a step as another user")
 
 
 @pytest.fixture
-def handlers(tmp_path):
-    folder = tmp_path / "handlers"
-    folder.mkdir(mode=0o755)
-
-    def add(name, script, mode=0o755):
-        path = folder / name
-        path.write_text("#!/bin/sh\n" + script)
-        path.chmod(mode)
-        return path
-
-    add.folder = folder
-    return add
+def handlers():
+    with own_folder() as folder:
+        (folder / "handlers").mkdir(mode=0o755)
+        yield Handlers(folder / "handlers")
 
 
-def alive(pid):
-    """Whether a process runs; one that has ended and was not yet reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def step(handler, *args, name=None, **changes):
-    action = {
-        "name": name or handler,
-        "type": "runHandler",
-        "input": {"handler": handler, "args": list(args)},
-        **changes,
-    }
-    return {"action": action}
-
-
-def document(*steps, **changes):
-    return {"version": "1.0", "steps": list(steps), **changes}
-
-
-async def run(handlers, doc, progress=None, **policy):
-    operation = Run(Jobs(handler_dir=handlers.folder, **policy))
-    job = Job(doc, progress)
-    await asyncio.to_thread(operation.check, job.document)
-    return await operation.run(job)
-
-
+@pytest.mark.conformance("C-DOC-03")
 async def test_steps_in_order_with_the_user_as_first_argument(handlers, tmp_path):
     handlers("note.sh", f'echo "[$1] $2" >> {tmp_path}/log; echo out-$2\n')
     details = await run(
@@ -84,11 +39,12 @@ async def test_steps_in_order_with_the_user_as_first_argument(handlers, tmp_path
     assert details["exit_code"] == "0"
 
 
+@pytest.mark.conformance("C-DOC-03")
 async def test_the_first_failure_ends_it_unless_ignored(handlers, tmp_path):
     handlers("fail.sh", "echo why >&2; exit 3\n")
     handlers("ok.sh", f"touch {tmp_path}/ran\n")
     with pytest.raises(FailedError) as caught:
-        await run(handlers, document(step("fail.sh", name="first"), step("ok.sh")))
+        await run(handlers, document(step("fail.sh", name="first"), step("ok.sh"), finalStep=step("ok.sh")))
     assert caught.value.code == "step_failed"
     assert caught.value.details == {"step": "first", "exit_code": "3", "stderr": "why"} | {
         "duration_ms": caught.value.details["duration_ms"]
@@ -138,9 +94,8 @@ async def test_time_limits_end_the_whole_group(handlers, tmp_path):
 
 async def test_cancel_ends_the_step(handlers, tmp_path):
     handlers("sleep.sh", f"touch {tmp_path}/ran; sleep 1000\n")
-    operation = Run(Jobs(handler_dir=handlers.folder))
     job = Job(document(step("sleep.sh"), step("sleep.sh")))
-    task = asyncio.create_task(operation.run(job))
+    task = asyncio.create_task(operation(handlers).run(job))
     await job.saved.wait()
     job.cancelled.set()
     started = time.monotonic()
@@ -159,35 +114,125 @@ async def test_a_started_step_is_never_started_again(handlers, tmp_path):
     assert not (tmp_path / "count").exists()
 
 
-@pytest.mark.parametrize("name", ["../x.sh", "a/b.sh", "/bin/sh", "-x", "", "."])
+@pytest.mark.conformance("C-DOC-05")
+@pytest.mark.parametrize(
+    "name", ["../x.sh", "..", "sub/h.sh", "../handlers/h.sh", "/bin/sh", "-x", ".", "h.sh/", "h sh"]
+)
 async def test_handlers_come_from_the_folder_only(handlers, name):
-    with pytest.raises(RefusedError):
-        await run(handlers, document(step(name or "x", name="s") if name else step("nothere")))
+    handlers("h.sh", "true\n")
+    (handlers.folder / "sub").mkdir()
+    (handlers.folder / "sub/h.sh").symlink_to(handlers.folder / "h.sh")
+    with pytest.raises(RefusedError, match="is not the name of a handler") as caught:
+        await run(handlers, document(step(name)))
+    assert caught.value.code == "handler_denied"
+    assert caught.value.hint
 
 
-async def test_unsafe_handlers_are_refused(handlers, tmp_path):
-    path = handlers("h.sh", "true\n", mode=0o777)
-    with pytest.raises(RefusedError, match="can be changed by others"):
-        await run(handlers, document(step("h.sh")))
+@pytest.mark.conformance("C-DOC-05")
+async def test_other_folders_are_refused(handlers):
+    handlers("h.sh", "true\n")
+    for path in ("/bin", str(handlers.folder.parent), f"{handlers.folder}/../handlers", "handlers", "/"):
+        doc = document(step("h.sh"))
+        doc["steps"][0]["action"]["input"]["path"] = path
+        with pytest.raises(RefusedError, match="handlers are taken from"):
+            await run(handlers, doc)
+    for path in ("", "default", str(handlers.folder), f"{handlers.folder}/"):
+        doc["steps"][0]["action"]["input"]["path"] = path
+        await run(handlers, doc)
+
+
+async def test_a_missing_handler_is_refused(handlers):
+    (handlers.folder / "folder").mkdir(mode=0o755)
+    (handlers.folder / "loop").symlink_to("loop")
+    (handlers.folder / "nowhere").symlink_to("/no/such/file")
+    for name in ("absent.sh", "folder", "loop", "nowhere"):
+        with pytest.raises(RefusedError) as caught:
+            await run(handlers, document(step(name)))
+        assert (caught.value.code, bool(caught.value.hint)) == ("handler_missing", True)
+
+
+async def test_unsafe_handlers_are_refused(handlers):
+    path = handlers("h.sh", "true\n", mode=0o755)
+    places = [path, handlers.folder, handlers.folder.parent]
+    tried = 0
+    for place in places:
+        for mode in (0o777, 0o775, 0o757, 0o1777):
+            place.chmod(mode)
+            with pytest.raises(RefusedError, match=f"{place} can be changed by others") as caught:
+                await run(handlers, document(step("h.sh")))
+            assert caught.value.code == "handler_unsafe"
+            assert f"chmod go-w {place}" in caught.value.hint
+            tried += 1
+        place.chmod(0o755)
     path.chmod(0o644)
     with pytest.raises(RefusedError, match="not executable"):
         await run(handlers, document(step("h.sh")))
     path.chmod(0o755)
-    handlers.folder.chmod(0o777)
-    with pytest.raises(RefusedError, match="can be changed by others"):
-        await run(handlers, document(step("h.sh")))
-    handlers.folder.chmod(0o755)
-    with pytest.raises(RefusedError, match="handlers are taken from"):
-        await run(
-            handlers,
-            {
-                "version": "1.0",
-                "steps": [
-                    {"action": {"name": "a", "type": "runHandler", "input": {"handler": "h.sh", "path": str(tmp_path)}}}
-                ],
-            },
-        )
     await run(handlers, document(step("h.sh")))
+    print(f"{tried} unsafe modes of a handler and the folders above it tried")
+
+
+async def test_below_a_folder_like_tmp_only_a_private_folder_is_safe(handlers):
+    """Where everybody may write but only owners remove: others could have made what is there, or look into it."""
+    top, folder = handlers.folder.parent, handlers.folder.parent / "mine"
+    (folder / "handlers").mkdir(parents=True, mode=0o755)
+    below = Handlers(folder / "handlers")
+    below("h.sh", "true\n")
+    top.chmod(0o1777)
+    for mode in (0o755, 0o711, 0o750, 0o710, 0o701):
+        folder.chmod(mode)
+        with pytest.raises(RefusedError, match=f"{top} can be changed by others"):
+            await run(below, document(step("h.sh")))
+    folder.chmod(0o700)
+    await run(below, document(step("h.sh")))
+    (top / "link").symlink_to("mine")
+    with pytest.raises(RefusedError, match=f"{top} can be changed by others"):
+        await run(Handlers(top / "link/handlers"), document(step("h.sh")))
+    top.chmod(0o777)
+    with pytest.raises(RefusedError, match=f"{top} can be changed by others"):
+        await run(below, document(step("h.sh")))
+
+
+async def test_links_are_followed_and_their_whole_way_is_judged(handlers):
+    with own_folder() as elsewhere:
+        (elsewhere / "real").mkdir(mode=0o755)
+        target = Handlers(elsewhere / "real")("target.sh", "echo linked\n")
+        (elsewhere / "hop").symlink_to("real/../real")
+        (handlers.folder / "h.sh").symlink_to(elsewhere / "hop/target.sh")
+        assert (await run(handlers, document(step("h.sh"), includeStdOut=True)))["stdout"] == "linked"
+        for place in (target, elsewhere / "real", elsewhere):
+            place.chmod(0o777)
+            with pytest.raises(RefusedError, match=f"{place} can be changed by others"):
+                await run(handlers, document(step("h.sh")))
+            place.chmod(0o755)
+        (handlers.folder / "h.sh").unlink()
+        (elsewhere / "open").mkdir()
+        (elsewhere / "open").chmod(0o777)
+        (elsewhere / "open/link").symlink_to(target)
+        (handlers.folder / "h.sh").symlink_to(elsewhere / "open/link")
+        with pytest.raises(RefusedError, match="open can be changed by others"):
+            await run(handlers, document(step("h.sh")))
+
+
+@ROOT_ONLY
+async def test_what_belongs_to_another_user_is_refused(handlers):
+    path = handlers("h.sh", "true\n")
+    for place in (path, handlers.folder, handlers.folder.parent):
+        os.chown(place, 65534, 65534)
+        with pytest.raises(RefusedError, match=f"{place} can be changed by others") as caught:
+            await run(handlers, document(step("h.sh")))
+        assert "chown root" in caught.value.hint
+        os.chown(place, 0, 0)
+
+
+async def test_a_handler_is_judged_again_before_its_step_starts(handlers, tmp_path):
+    later = handlers("later.sh", f"touch {tmp_path}/ran\n")
+    handlers("first.sh", f"chmod 777 {later}\n")
+    with pytest.raises(FailedError) as caught:
+        await run(handlers, document(step("first.sh"), step("later.sh", ignoreStepFailure=True)))
+    assert caught.value.code == "handler_unsafe"
+    assert caught.value.details == {"step": "later.sh"}
+    assert not (tmp_path / "ran").exists()
 
 
 async def test_users(handlers):
@@ -195,39 +240,118 @@ async def test_users(handlers):
     me = pwd.getpwuid(os.geteuid()).pw_name
     details = await run(handlers, document(step("who.sh", runAsUser=me), includeStdOut=True))
     assert details["stdout"] == me
-    with pytest.raises(RefusedError, match="there is no user"):
-        await run(handlers, document(step("who.sh", runAsUser="no-such-user")))
+    details = await run(handlers, document(step("who.sh", runAsUser=""), includeStdOut=True))
+    assert details["stdout"] == me
     other = "nobody" if me != "nobody" else "daemon"
-    with pytest.raises(RefusedError, match="not allowed"):
-        await run(handlers, document(step("who.sh", runAsUser=other)))
+    for user, code in (("no-such-user", "unknown_user"), ("0", "unknown_user"), (other, "user_denied")):
+        with pytest.raises(RefusedError) as caught:
+            await run(handlers, document(step("who.sh", runAsUser=user)), run_as=["no-such-user", "0"])
+        assert (caught.value.code, bool(caught.value.hint)) == (code, True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a step as another user")
-async def test_an_allowed_user_runs_the_step(handlers, tmp_path):
-    handlers("who.sh", "id -un; id -Gn\n")
-    for folder in (handlers.folder, *list(handlers.folder.parents)[:3]):
-        folder.chmod(0o755)
-    details = await run(handlers, document(step("who.sh", runAsUser="nobody"), includeStdOut=True), run_as=["nobody"])
-    assert details["stdout"].split() == ["nobody", "nogroup"], "and has none of root's groups"
+@pytest.mark.parametrize("raised", [OSError(5, "no answer"), KeyError("x")])
+async def test_nobody_is_run_as_somebody_else_because_a_look_up_failed(handlers, tmp_path, monkeypatch, raised):
+    handlers("touch.sh", f"touch {tmp_path}/ran\n")
+
+    def fail(*_):
+        raise raised
+
+    for function in ("pwd.getpwnam", "os.getgrouplist"):
+        with monkeypatch.context() as patch:
+            patch.setattr(function, fail)
+            with pytest.raises(RefusedError) as caught:
+                await run(handlers, document(step("touch.sh", runAsUser="nobody")), run_as=["nobody"])
+        assert caught.value.code in ("user_lookup_failed", "unknown_user")
+    assert not (tmp_path / "ran").exists()
 
 
-async def test_commands_are_denied_unless_allowed_and_need_no_shell(handlers, tmp_path):
-    def command(text):
-        return document({"action": {"name": "c", "type": "runCommand", "input": {"command": text}}}, includeStdOut=True)
+async def test_root_by_another_name_needs_root_in_the_list(handlers, monkeypatch):
+    handlers("who.sh", "true\n")
+    monkeypatch.setattr("pwd.getpwnam", lambda name: pwd.struct_passwd((name, "x", 0, 0, "", "/root", "/bin/sh")))
+    monkeypatch.setattr("os.getgrouplist", lambda *_: [0])
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    steps = operation(handlers, run_as=["toor"])
+    with pytest.raises(RefusedError, match="root by another name") as caught:
+        steps.check(Job(document(step("who.sh", runAsUser="toor"))).document)
+    assert caught.value.code == "user_denied"
 
+
+@ROOT_ONLY
+async def test_an_allowed_user_runs_the_step_with_its_own_groups_and_nothing_of_ours(handlers):
+    handlers("who.sh", "id -un; id -Gn; echo $HOME $USER $1; umask; pwd; ls /proc/self/fd | wc -l; cat | wc -c\n")
+    before = os.getgroups()
+    try:
+        os.setgroups([0, 4])  # the agent's own, here adm: none of the step's business
+        details = await run(
+            handlers, document(step("who.sh", runAsUser="nobody"), includeStdOut=True), run_as=["nobody"]
+        )
+    finally:
+        os.setgroups(before)
+    home = pwd.getpwnam("nobody").pw_dir
+    assert details["stdout"].split() == ["nobody", "nogroup", home, "nobody", "nobody", "0022", "/", "4", "0"]
+
+
+@ROOT_ONLY
+def test_an_agent_that_can_not_become_others_refuses_them_before_anything_runs():
+    script = """
+import os
+from agent.errors import RefusedError
+from agent.jobs.operations.policy import user
+from agent.settings import Jobs
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    user(Jobs(run_as=["daemon", "root"]), "root"); print("allowed")
+except RefusedError as error:
+    print(error.code, error.hint)
+assert user(Jobs(), "nobody") is None
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert result.stdout.startswith("user_unavailable run the agent as root"), result.stderr
+
+
+async def test_the_plan_names_what_would_run_and_runs_nothing(handlers, tmp_path):
+    handlers("a.sh", f"touch {tmp_path}/ran\n")
+    me = pwd.getpwuid(os.geteuid()).pw_name
+    doc = document(
+        step("a.sh", "x y", "https://h/k?X-Amz-Signature=SECRET", name="first", ignoreStepFailure=True),
+        command("echo,b", runAsUser=me, timeoutSeconds=7),
+        finalStep=step("a.sh"),
+        timeoutSeconds=90,
+    )
+    job = Job(doc)
+    handler, own = f"{handlers.folder}/a.sh", "the agent's own user"
+    assert await operation(handlers, commands="allow", step_timeout_s=60).plan(job.document) == [
+        "end the whole job after 90 s",
+        f"step 1 of 2 'first': run {handler} '' 'x y' 'https://h/k?[redacted]' as {own}, at most 60 s, go on if it fails",
+        f"step 2 of 2 'c': run echo b as {me}, at most 7 s",
+        f"final step 'a.sh': run {handler} '' as {own}, at most 60 s",
+    ]
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(RefusedError):
+        await operation(handlers).plan(job.document)
+
+
+async def test_a_step_knows_its_job_and_nothing_of_our_service(handlers, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+    monkeypatch.setenv("WATCHDOG_USEC", "60000000")
+    handlers("env.sh", "echo $CAMERA_AGENT_JOB_ID,$CAMERA_AGENT_STEP,$CAMERA_AGENT_RUN,$NOTIFY_SOCKET$WATCHDOG_USEC\n")
+    steps, job = operation(handlers), Job(document(step("env.sh", name="look around"), includeStdOut=True))
+    details = await steps.run(job)
+    assert details["stdout"] == f"job-1,look around,{job.history[0]['run']},"
+    assert len(job.history[0]["run"]) == 32
+
+
+@pytest.mark.conformance("C-DOC-06")
+async def test_commands_are_denied_unless_allowed_and_need_no_shell(handlers):
     with pytest.raises(RefusedError, match="runCommand is not allowed"):
-        await run(handlers, command("echo,hello"))
-    details = await run(handlers, command("echo, hello , a\\,b, $HOME"), commands="allow")
+        await run(handlers, document(command("echo,hello")))
+    details = await run(handlers, document(command("echo, hello , a\\,b, $HOME"), includeStdOut=True), commands="allow")
     assert details["stdout"] == "hello a,b $HOME"
     with pytest.raises(FailedError) as caught:
-        await run(handlers, command("/no/such/program"), commands="allow")
+        await run(handlers, document(command("/no/such/program")), commands="allow")
     assert caught.value.code == "not_started"
-
-
-async def test_conditions_are_refused(handlers):
-    handlers("h.sh", "true\n")
-    with pytest.raises(RefusedError, match="conditions"):
-        await run(handlers, document(step("h.sh"), conditions=[{"key": "os", "value": ["x"], "type": "stringEqual"}]))
 
 
 def test_splitting_commands():
@@ -237,12 +361,12 @@ def test_splitting_commands():
 
 async def test_a_step_is_not_begun_once_the_job_is_cancelled(handlers, tmp_path):
     handlers("mark.sh", f"echo x >> {tmp_path}/ran\n")
-    operation = Run(Jobs(handler_dir=handlers.folder))
+    steps = operation(handlers)
     for _ in range(10):
         job = Job(document(step("mark.sh")))
         job.cancelled.set()
         with pytest.raises(FailedError) as caught:
-            await operation.run(job)
+            await steps.run(job)
         assert caught.value.code == "cancelled"
     assert not (tmp_path / "ran").exists()
 
@@ -263,13 +387,90 @@ async def test_what_a_step_prints_is_redacted(handlers):
 @pytest.mark.parametrize("user", ["a\0b", "\ud800"])
 async def test_a_user_that_can_not_be_a_name_is_refused(handlers, user):
     handlers("h.sh", "true\n")
-    action = {
-        "name": "a",
-        "type": "runHandler",
-        "input": {"handler": "h.sh", "args": [], "path": ""},
-        "run_as_user": user,
-    }
+    job = Job(document(step("h.sh")))
+    job.document["steps"][0]["action"]["run_as_user"] = user
     with pytest.raises(RefusedError):
-        Run(Jobs(handler_dir=handlers.folder)).check(
-            {"conditions": [], "steps": [{"action": action}], "final_step": None}
-        )
+        operation(handlers).check(job.document)
+
+
+# ---- what a step leaves running
+
+ESCAPE = "setsid sh -c 'trap \"\" TERM; echo $$ > {0}/escaped; while :; do sleep 1; done' & "
+
+
+async def test_what_escaped_the_group_is_ended_with_a_step_that_is_too_slow(handlers, tmp_path, monkeypatch):
+    monkeypatch.setattr("agent.host.processes.TERMINATION_GRACE_S", 0.3)
+    handlers(
+        "slow.sh", ESCAPE.format(tmp_path) + f"while [ ! -s {tmp_path}/escaped ]; do sleep 0.05; done; sleep 1000\n"
+    )
+    with pytest.raises(FailedError) as caught:
+        await run(handlers, document(step("slow.sh", timeoutSeconds=3)))
+    assert caught.value.code == "step_timed_out"
+    assert not alive(int(await written(tmp_path / "escaped")))
+
+
+async def test_what_escaped_the_group_is_ended_with_a_cancelled_job(handlers, tmp_path, monkeypatch):
+    monkeypatch.setattr("agent.host.processes.TERMINATION_GRACE_S", 0.3)
+    handlers("slow.sh", ESCAPE.format(tmp_path) + "sleep 1000\n")
+    job = Job(document(step("slow.sh")))
+    task = asyncio.create_task(operation(handlers).run(job))
+    pid = int(await written(tmp_path / "escaped"))
+    job.cancelled.set()
+    with pytest.raises(FailedError):
+        await task
+    assert not alive(pid)
+
+
+async def test_a_daemon_that_a_good_step_has_started_stays_when_a_later_step_is_ended(handlers, tmp_path):
+    handlers("start.sh", f"setsid sleep 1000 > /dev/null 2>&1 < /dev/null & echo $! > {tmp_path}/daemon\n")
+    handlers("slow.sh", "sleep 1000\n")
+    with pytest.raises(FailedError) as caught:
+        await run(handlers, document(step("start.sh"), step("slow.sh", timeoutSeconds=0.3)))
+    assert caught.value.code == "step_timed_out"
+    pid = int(await written(tmp_path / "daemon"))
+    assert alive(pid)
+    kill(pid)
+
+
+KILLED_AGENT = """
+import asyncio, json, sys
+from pathlib import Path
+from tests.integration.steps import Handlers, Job, document, operation, step
+
+class Kept(Job):
+    async def save(self, progress, message):
+        Path(sys.argv[2]).write_text(json.dumps(progress) + "\\n")
+
+asyncio.run(operation(Handlers(Path(sys.argv[1]))).run(Kept(document(step("slow.sh"), step("slow.sh")))))
+"""
+
+
+async def test_what_a_killed_agent_has_left_is_ended_before_the_job_is_and_no_step_runs_twice(handlers, tmp_path):
+    """kill -9 while a step runs that has a child in its group and one in a session of its own, which ignores SIGTERM."""
+    handlers(
+        "slow.sh",
+        f"echo x >> {tmp_path}/count; " + ESCAPE.format(tmp_path) + f"sleep 1000 & echo $! > {tmp_path}/c; wait\n",
+    )
+    arguments = [sys.executable, "-c", KILLED_AGENT, str(handlers.folder), str(tmp_path / "progress")]
+    agent = await asyncio.create_subprocess_exec(*arguments, cwd=Path(__file__).parents[2])
+    pids = [int(await written(tmp_path / name)) for name in ("escaped", "c")]
+    agent.kill()
+    await agent.wait()
+    assert all(alive(pid) for pid in pids)
+    progress = json.loads(await written(tmp_path / "progress"))
+    with pytest.raises(FailedError) as caught:
+        await run(handlers, document(step("slow.sh"), step("slow.sh")), progress)
+    assert caught.value.code == "interrupted"
+    assert "of its processes that were left were ended" in caught.value.message
+    assert not any(alive(pid) for pid in pids)
+    assert (tmp_path / "count").read_text() == "x\n"
+
+
+async def test_after_a_reboot_of_the_camera_nothing_of_the_step_is_looked_for(handlers, tmp_path):
+    handlers("h.sh", f"touch {tmp_path}/ran\n")
+    progress = {"step": 0, "run": "0" * 32, "boot_id": "boot-0", "left_s": None, "remarks": []}
+    with pytest.raises(FailedError, match=r"the camera was restarted while step 'h\.sh' ran") as caught:
+        await run(handlers, document(step("h.sh")), progress)
+    assert caught.value.code == "interrupted"
+    assert "194" in caught.value.hint
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -15,11 +16,12 @@ from typing import Annotated
 import pytest
 from dbus_fast import BusType, DBusError, PropertyAccess
 from dbus_fast.aio import MessageBus
-from dbus_fast.annotations import DBusObjectPath, DBusSignature, DBusStr, DBusUInt32
+from dbus_fast.annotations import DBusBool, DBusObjectPath, DBusSignature, DBusStr, DBusUInt32
 from dbus_fast.service import ServiceInterface, dbus_method, dbus_property, dbus_signal
 
 from agent.errors import FailedError
-from agent.host.systemd import Notifier, Units, UnitState
+from agent.host import systemd as systemd_module
+from agent.host.systemd import Notifier, Units, UnitState, reboot
 
 REPOSITORY = Path(__file__).parents[2]
 UNIT_FILES = REPOSITORY / "systemd"
@@ -355,6 +357,139 @@ async def test_one_connection_serves_many_calls(systemd: FakeSystemd, units: Uni
     first = units._bus
     await asyncio.gather(*(units.state("capture-pipeline.service") for _ in range(10)))
     assert units._bus is first
+
+
+# ---- reboots: logind on the same bus, and a command instead
+
+
+class FakeLogind(ServiceInterface):
+    """logind's manager object; `answer` is how it answers a reboot."""
+
+    def __init__(self) -> None:
+        super().__init__("org.freedesktop.login1.Manager")
+        self.calls: list[bool] = []
+        self.error: DBusError | None = None
+
+    @dbus_method()
+    def Reboot(self, interactive: DBusBool):
+        self.calls.append(interactive)
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+async def logind(bus: Path) -> AsyncIterator[FakeLogind]:
+    connection = await MessageBus(bus_type=BusType.SYSTEM).connect()
+    logind = FakeLogind()
+    connection.export("/org/freedesktop/login1", logind)
+    await connection.request_name("org.freedesktop.login1")
+    yield logind
+    connection.disconnect()
+    await connection.wait_for_disconnect()
+
+
+async def test_logind_is_asked_for_a_reboot(logind: FakeLogind) -> None:
+    await reboot()
+    assert logind.calls == [False]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired", "a.b.c"],
+)
+async def test_a_reboot_that_logind_refuses(logind: FakeLogind, name: str) -> None:
+    logind.error = DBusError(name, "not you")
+    with pytest.raises(FailedError, match="not you") as error:
+        await reboot()
+    assert error.value.code == "reboot_failed"
+    assert "polkit" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["login1.OperationInProgress", "DBus.Error.NoReply", "DBus.Error.Disconnected"])
+async def test_a_reboot_that_may_be_under_way_is_no_failure(logind: FakeLogind, name: str) -> None:
+    logind.error = DBusError(f"org.freedesktop.{name}", "going down")
+    await reboot()
+
+
+async def test_no_answer_may_be_the_reboot(bus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has logind's name and never answers; and the bus goes away before the answer."""
+    monkeypatch.setattr(systemd_module, "REPLY_TIMEOUT_S", 1.0)
+    connection = await MessageBus(bus_type=BusType.SYSTEM).connect()
+    asked = asyncio.Event()
+
+    def swallow(message: object) -> bool:
+        if getattr(message, "member", "") == "Reboot":
+            asked.set()
+        return getattr(message, "member", "") == "Reboot"
+
+    connection.add_message_handler(swallow)
+    await connection.request_name("org.freedesktop.login1")
+    await reboot()
+    assert asked.is_set()
+    asked.clear()
+    monkeypatch.setattr(systemd_module, "REPLY_TIMEOUT_S", 60.0)
+    task = asyncio.create_task(reboot())
+    await asked.wait()
+    connection.disconnect()
+    await connection.wait_for_disconnect()
+    await task
+
+
+async def test_no_logind_on_the_bus(bus: Path) -> None:
+    with pytest.raises(FailedError) as error:
+        await reboot()
+    assert error.value.code == "systemd_unavailable"
+    assert "jobs.reboot" in error.value.hint
+
+
+async def test_no_bus_for_a_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/nothing")
+    with pytest.raises(FailedError) as error:
+        await reboot()
+    assert error.value.code == "systemd_unavailable"
+
+
+async def test_a_command_reboots_instead(bus: Path, tmp_path: Path) -> None:
+    await reboot(["/bin/sh", "-c", f"echo down > {tmp_path}/asked"])
+    assert (tmp_path / "asked").read_text() == "down\n"
+    await reboot(["/bin/sh", "-c", "kill -TERM $$"])  # as the machine that goes down does
+    for command, words in (
+        (["/bin/sh", "-c", "echo no >&2; exit 4"], "exit status 4: no"),
+        (["/no/such"], "No such file"),
+    ):
+        with pytest.raises(FailedError, match=words) as error:
+            await reboot(command)
+        assert (error.value.code, error.value.hint) == ("reboot_failed", "mend jobs.reboot")
+
+
+RULES = """
+const rules = [];
+const polkit = {Result: {YES: "yes", NOT_HANDLED: "not handled"}, addRule: (rule) => rules.push(rule)};
+%s
+const judge = (id, user, details) =>
+    rules.map((rule) => rule({id, lookup: (key) => details[key]}, {user})).find((said) => said !== "not handled") || "no";
+for (const [id, user, details] of %s) console.log(judge(id, user, details));
+"""
+
+
+@needs("node")
+def test_polkit_rules_allow_reboots_and_the_pipeline_to_the_agent_alone() -> None:
+    restart = {"unit": "capture-pipeline.service", "verb": "restart"}
+    manage, login = "org.freedesktop.systemd1.manage-units", "org.freedesktop.login1"
+    cases = [
+        (f"{login}.reboot", "camera-agent", {}, "yes"),
+        (f"{login}.reboot-multiple-sessions", "camera-agent", {}, "yes"),
+        (f"{login}.reboot-ignore-inhibit", "camera-agent", {}, "no"),
+        (f"{login}.power-off", "camera-agent", {}, "no"),
+        (f"{login}.reboot", "somebody", {}, "no"),
+        (manage, "camera-agent", restart, "yes"),
+        (manage, "camera-agent", {**restart, "verb": "kill"}, "no"),
+        (manage, "camera-agent", {**restart, "unit": "ssh.service"}, "no"),
+        (manage, "somebody", restart, "no"),
+    ]
+    script = RULES % ((UNIT_FILES / "50-camera-agent.rules").read_text(), json.dumps([case[:3] for case in cases]))
+    result = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [case[3] for case in cases]
 
 
 # ---- the shipped files, judged by systemd's own tools

@@ -589,3 +589,24 @@ async def test_gate_without_anything_to_ask():
     )
     assert verdict.passed
     assert "nothing to look at" in verdict.reasons[0]
+
+
+async def test_a_plan_says_what_would_be_done_and_touches_nothing(camera):
+    first = camera.document("1.0")
+    steps = await camera.update.plan(first)
+    assert [step.split()[0] for step in steps] == ["download", "unpack", "switch", "trial:", "keep"]
+    assert "1.0" in steps[1]
+    assert not camera.root.exists() or not list(camera.root.iterdir())
+    assert await camera.fact("updates.installed.pipeline") is None
+    await camera.run(first)
+    assert (await camera.update.plan(first))[0].startswith("nothing: ")
+    assert "or go back to 1.0" in (await camera.update.plan(camera.document("2.0")))[-1]
+
+
+async def test_a_plan_refuses_what_the_update_would_refuse(camera):
+    with pytest.raises(RefusedError) as refusal:
+        await camera.update.plan(camera.document("1.0", keys=(STRANGER,)))
+    assert refusal.value.code == "signature_unknown"
+    with pytest.raises(RefusedError) as refusal:
+        await camera.update.plan(camera.document("1.0", installed_size=2**42))
+    assert refusal.value.code == "no_space"

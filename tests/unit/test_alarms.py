@@ -50,6 +50,7 @@ class Camera:
         return [(event["condition"], event["state"]) for event in self.events]
 
 
+@pytest.mark.conformance("F-19")
 def test_silence_is_stopped_and_three_images_clear_it() -> None:
     camera = Camera()
     camera.flow(10)

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ def records():
     yield advance(start, Gone())[0]
 
 
+@pytest.mark.conformance("C-JOBS-17", "C-JOBS-18")
 def test_every_phase_with_every_event():
     tried = 0
     for record, event in itertools.product(records(), EVENTS):
@@ -77,6 +79,7 @@ def test_every_phase_with_every_event():
     print(f"{tried} pairs of record and event tried")
 
 
+@pytest.mark.conformance("F-12")
 def test_restarts_in_a_job_are_counted_and_end():
     record, effect = advance(received(), Took(2))
     starts = 1
@@ -88,6 +91,7 @@ def test_restarts_in_a_job_are_counted_and_end():
     assert record.details["reason_code"] == "restarted_too_often"
 
 
+@pytest.mark.conformance("F-12", "F-24")
 def test_an_operation_that_has_begun_something_is_asked_to_take_it_back_before_it_is_given_up():
     record, effect = advance(received(), Took(2))
     record = replace(record, progress={"state": "TRIAL"})
@@ -99,6 +103,7 @@ def test_an_operation_that_has_begun_something_is_asked_to_take_it_back_before_i
     assert effect is Effect.REPORT
 
 
+@pytest.mark.conformance("C-JOBS-18")
 def test_a_cancelled_job_reports_nothing_when_it_has_stopped():
     running, _ = advance(received(), Took(2))
     stopping, effect = advance(running, Seen("CANCELED", 3))
@@ -107,6 +112,7 @@ def test_a_cancelled_job_reports_nothing_when_it_has_stopped():
     assert (closed.phase, closed.superseded, effect) == (Phase.CLOSED, "CANCELED", Effect.NOTHING)
 
 
+@pytest.mark.conformance("C-JOBS-22")
 def test_a_lost_acknowledgement_is_sent_again_when_the_cloud_still_waits():
     closed, _ = advance(ended(received(), "SUCCEEDED", {"reason_code": "ok"}, 1.0), Took(3))
     again, effect = advance(closed, Seen("IN_PROGRESS", 2))
@@ -114,6 +120,7 @@ def test_a_lost_acknowledgement_is_sent_again_when_the_cloud_still_waits():
     assert (again.status, again.version_number) == ("SUCCEEDED", 2)
 
 
+@pytest.mark.conformance("C-JOBS-07")
 @given(st.lists(st.sampled_from(EVENTS), max_size=40))
 def test_any_history_keeps_the_first_verdict_and_never_restarts_a_closed_job(history):
     record, verdict, closed = received(), None, False

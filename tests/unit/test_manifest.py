@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from agent.errors import RefusedError
 from agent.updates.manifest import (
-    compare_versions,
     parse_envelope,
     parse_manifest,
     pre_authentication_encoding,
     strict_json,
 )
+from agent.versions import compare_versions
 from tests.fakes_updates import manifest, signed_manifest
 
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from agent.errors import FailedError, RefusedError
-
-
-class Job(Protocol):
-    """What this operation needs of an execution."""
-
-    @property
-    def document(self) -> Mapping[str, Any]: ...
-    @property
-    def progress(self) -> dict[str, Any]: ...
-    @property
-    def cancelled(self) -> asyncio.Event: ...
-    async def save(self, progress: dict[str, Any], message: str) -> None: ...
+from agent.errors import RefusedError
+from agent.jobs.operations.execution import Job, alone
 
 
 class Restart:
@@ -49,14 +38,17 @@ class Restart:
             known = ", ".join(["agent", *self._targets])
             raise RefusedError("unknown_target", f"target: {target!r} can't be restarted here", f"use one of {known}")
 
+    async def plan(self, document: Mapping[str, Any]) -> list[str]:
+        """What `run` would do, in words."""
+        if document["target"] == "agent":
+            return ["restart the agent", "succeed when its successor has started"]
+        return ["wait until no update or configuration is on trial", f"restart {document['target']}"]
+
     async def run(self, job: Job) -> dict[str, str]:
         target = job.document["target"]
         if target != "agent":
-            await self._lock(job)
-            try:
+            async with alone(job, self._mutation_lock):
                 await self._targets[target]()
-            finally:
-                self._mutation_lock.release()
             return {"message": f"{target} was restarted"}
         before = job.progress.get("instance")
         if before is None or before == self._instance:
@@ -64,19 +56,3 @@ class Restart:
             self._restart_agent()
             await asyncio.Event().wait()  # ends with this process
         return {"message": "the agent was restarted"}
-
-    async def _lock(self, job: Job) -> None:
-        """Wait for the end of another change. Raises FailedError when the job is cancelled meanwhile."""
-        locking = asyncio.create_task(self._mutation_lock.acquire())
-        cancelled = asyncio.create_task(job.cancelled.wait())
-        try:
-            await asyncio.wait({locking, cancelled}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            cancelled.cancel()
-            if not locking.done():
-                locking.cancel()
-            await asyncio.gather(locking, cancelled, return_exceptions=True)
-        if locking.cancelled() or job.cancelled.is_set():
-            if not locking.cancelled():
-                self._mutation_lock.release()
-            raise FailedError("cancelled", "the job was cancelled while it waited for another change to end")

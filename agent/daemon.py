@@ -42,6 +42,7 @@ from agent.telemetry.report import presence
 from agent.telemetry.reports import Reports, Sources
 from agent.updates import packages
 from agent.updates.fetch import Limits
+from agent.updates.gate import ConfigurationGate
 from agent.updates.packages import Packages
 from agent.updates.preflight import restart_target
 from agent.updates.update import Update
@@ -279,7 +280,7 @@ class Daemon:
             store=self._store,
             shadow=ShadowClient(session, thing, "config"),
             units=self._units,
-            gate=ConfigurationGate(update),
+            gate=ConfigurationGate(update.gate),
             apply_agent=self._apply,
             mutation_lock=self._mutation_lock,
             online=partial(_is_connected, session),
@@ -355,31 +356,6 @@ class Daemon:
             self._parts.reports.note(change)
         else:
             self._noted_early.append(change)
-
-
-class ConfigurationGate:
-    """The gate of updates, in the form that a configuration's trial asks for."""
-
-    def __init__(self, update: Update) -> None:
-        self._gate = update.gate
-
-    async def settled(self) -> None:
-        await self._gate.settled()
-
-    async def reference(self) -> dict[str, Any]:
-        return await self._gate.baseline()
-
-    async def watch(
-        self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float
-    ) -> tuple[bool, list[str]]:
-        verdict = await self._gate.watch(
-            reference,
-            since=time.monotonic(),
-            stable_for_s=stable_for_s,
-            deadline_s=deadline_s,
-            cloud=False,  # a lost network says nothing about a configuration that has nothing to do with it
-        )
-        return verdict.passed is True, list(verdict.reasons)
 
 
 def _announce(prefix: str, thing: str, session: str, connected: bool) -> tuple[str, bytes]:

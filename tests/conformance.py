@@ -19,6 +19,7 @@ STATEMENTS = Path(__file__).with_name("conformance.toml")
 WIDTH = 140
 INDENT = " " * 27
 FAILINGS = "F-"
+PROPERTY = "conformance"
 BROKEN_OFF = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 
 
@@ -48,9 +49,9 @@ class Statements:
 
 @dataclass
 class Function:
-    """A test function with all its parameter sets: how often it was collected, and what came out, by outcome."""
+    """A test function with all its parameter sets: which have run, and what came out, by outcome."""
 
-    collected: int = 0
+    cases: set[str] = field(default_factory=set)
     outcomes: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
@@ -72,35 +73,32 @@ class Conformance:
         self._shown_by: dict[str, list[str]] = {key: [] for key in statements.words}
         self._functions: dict[str, Function] = {}
         self._problems: list[str] = []
-        self._whole = False
+        self._whole = _whole_suite(config)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        self._whole = _whole_suite(config)
         marked, others = [], []
         for item in items:
             named = [key for mark in item.iter_markers("conformance") for key in mark.args]
             (marked if named else others).append(item)
-            self._note(item, named)
+            unknown = [key for key in named if key not in self._shown_by]
+            if unknown:
+                raise pytest.UsageError(f"{item.nodeid}: {', '.join(map(str, unknown))} is not in {STATEMENTS.name}")
+            if named:  # goes with the reports, which may come from another process
+                item.user_properties.append((PROPERTY, named))
         if self._only:
             items[:] = marked
             config.hook.pytest_deselected(items=others)
 
-    def _note(self, item: pytest.Item, named: list[str]) -> None:
-        unknown = [key for key in named if key not in self._shown_by]
-        if unknown:
-            raise pytest.UsageError(f"{item.nodeid}: {', '.join(map(str, unknown))} is not in {STATEMENTS.name}")
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        named = next((value for name, value in report.user_properties if name == PROPERTY), [])
+        name = _function(report.nodeid)
         for key in named:
-            name = _function(item.nodeid)
             if name not in self._shown_by[key]:
                 self._shown_by[key].append(name)
-        if named:
-            self._functions.setdefault(_function(item.nodeid), Function()).collected += 1
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        function = self._functions.get(_function(report.nodeid))
-        if function is None or (report.when != "call" and report.passed):
+        if not named or (report.when != "call" and report.passed):
             return
+        function = self._functions.setdefault(name, Function())
         outcome: str = report.outcome
         if hasattr(report, "wasxfail"):
             outcome = "does not hold"
@@ -108,10 +106,11 @@ class Conformance:
         elif report.skipped and isinstance(report.longrepr, tuple):
             function.reasons.append(report.longrepr[2].removeprefix("Skipped: "))
         function.outcomes[outcome] = function.outcomes.get(outcome, 0) + 1
+        function.cases.add(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._config.option.collectonly or session.exitstatus in BROKEN_OFF:
+        if self._config.option.collectonly or session.exitstatus in BROKEN_OFF or _is_worker(self._config):
             return
         applicable = [key for key in self._shown_by if not self._statements.exempt(key)]
         without = [key for key in applicable if not self._shown_by[key]]
@@ -162,7 +161,7 @@ class Conformance:
 
     def _line(self, name: str) -> str:
         function = self._functions[name]
-        times = f" ×{function.collected}" if function.collected > 1 else ""
+        times = f" ×{len(function.cases)}" if len(function.cases) > 1 else ""
         reasons = f": {function.reasons[0]}" if function.reasons else ""
         result = "" if function.result == "passed" and not reasons else f"  [{function.result}{reasons}]"
         return f"{name.rpartition('/')[2]}{times}{result}"
@@ -187,6 +186,11 @@ def add_option(parser: pytest.Parser) -> None:
 def register(config: pytest.Config) -> None:
     """Take part in this run."""
     config.pluginmanager.register(Conformance(config, Statements.read()), "conformance")
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this process only runs tests for another one, which sums up."""
+    return hasattr(config, "workerinput")
 
 
 def _whole_suite(config: pytest.Config) -> bool:

@@ -278,3 +278,29 @@ async def check_probe(argv: Sequence[str]) -> Check:
 
 def _reasons(checks: Sequence[Check]) -> tuple[str, ...]:
     return tuple(check.reason or f"{check.name} is not well" for check in checks)
+
+
+class ConfigurationGate:
+    """The gate in the form that a configuration's trial asks for."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def settled(self) -> None:
+        await self._gate.settled()
+
+    async def reference(self) -> dict[str, Any]:
+        return await self._gate.baseline()
+
+    async def watch(
+        self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float
+    ) -> tuple[bool, list[str]]:
+        """Whether the images stayed well, and why not."""
+        verdict = await self._gate.watch(
+            reference,
+            since=time.monotonic(),
+            stable_for_s=stable_for_s,
+            deadline_s=deadline_s,
+            cloud=False,  # a lost network says nothing about a configuration that has nothing to do with it
+        )
+        return verdict.passed is True, list(verdict.reasons)

@@ -110,8 +110,9 @@ async def test_a_black_hole_is_noticed_and_costs_nothing(tmp_path):
     await together(
         *(_black_hole(tmp_path / str(n), f"cam-{n}", *hole) for n, hole in enumerate(holes)),
         _black_hole_at_first(tmp_path / "first", "cam-first"),
+        _pause(tmp_path / "pause", "cam-pause"),
     )
-    print(f"{len(holes) + 1} black holes tried")
+    print(f"{len(holes) + 2} black holes tried")
 
 
 async def _black_hole(folder: Path, thing: str, hole: set[Direction], late: bool) -> None:
@@ -141,8 +142,9 @@ async def _black_hole_at_first(folder: Path, thing: str) -> None:
         await s.ends_well()
 
 
-async def test_a_pause_of_the_network_shorter_than_the_keep_alive_is_nothing(tmp_path):
-    async with scene(tmp_path) as s:
+async def _pause(folder: Path, thing: str) -> None:
+    """A black hole that ends before anybody notices it."""
+    async with scene(folder, thing) as s:
         await started(s)
         s.relay.blackhole = {"up", "down"}
         s.offer("slow")
@@ -159,7 +161,7 @@ async def test_each_message_of_a_job_may_be_lost_or_throttled(tmp_path):
     faults = [(fault, number) for fault in ("lose_request", "lose_answer", "throttle") for number in range(5)]
     room = asyncio.Semaphore(CAMERAS_AT_ONCE)
     await together(*(_lose(tmp_path / f"{fault}-{n}", f"cam-{fault}-{n}", fault, n, room) for fault, n in faults))
-    print(f"{len(faults)} lost or throttled messages tried")
+    print(f"{len(faults) + 2} lost or throttled messages tried")
 
 
 async def _lose(folder: Path, thing: str, fault: str, number: int, room: asyncio.Semaphore) -> None:
@@ -183,6 +185,28 @@ async def _lose(folder: Path, thing: str, fault: str, number: int, room: asyncio
         assert len(tokens) == len(set(tokens)), asked
         done = (await s.agent.ctl("jobs", "--json")).json()["jobs"]
         assert [(job["status"], job.get("superseded")) for job in done] == [("SUCCEEDED", None)], done
+
+
+async def _lose_all(folder: Path, thing: str) -> None:
+    """Every answer is lost from the handler's start until the terminal status has been sent."""
+    async with scene(folder, thing) as s:
+        await s.agent.start()
+        await s.ran_once(s.offer("slow"))
+        s.cloud.peer.drop_replies = True
+        await s.cloud.peer.until(lambda: s.cloud.jobs.attempts, 60)
+        s.cloud.peer.drop_replies = False
+        s.offer("bad")
+        await s.ends_well()
+
+
+async def _throttle(folder: Path, thing: str) -> None:
+    """Three times in a row."""
+    async with scene(folder, thing) as s:
+        await s.agent.start()
+        await s.ran_once(s.offer("slow"))
+        s.cloud.jobs.throttle = 3
+        s.offer("bad")
+        await s.ends_well()
 
 
 # ---- slow ----------------------------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ class Session:
         `topic_not_valid`, `packet_too_large` (not sent) or the reason of the refusal, such as `not_authorised`.
         """
         topics.check_message(topic, len(payload))
-        connection, held_s = self._connection, self._suspects.wait_s(topic, time.monotonic())
+        connection, connects = self._connection, self._link.connects
+        held_s = self._suspects.wait_s(topic, time.monotonic())
         if connection is None:
             raise self._offline_error()
         if held_s:
@@ -173,7 +174,7 @@ class Session:
                 and connection.ended.done()
                 and blames_a_message(connection.ended.result())
             ):
-                self._suspects.lost(topic, time.monotonic())
+                self._suspects.lost(topic, connects, time.monotonic())
             raise
         if self._suspects.answered(topic):
             self._set_link(self._link.state, **self._degraded())

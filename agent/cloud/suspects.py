@@ -16,10 +16,11 @@ ALONE_S = 10.0
 
 @dataclass(frozen=True)
 class Suspect:
-    """`losses` in a row; held back until monotonic time `until`."""
+    """`losses` of connections in a row, the last one being `connection`; held back until monotonic time `until`."""
 
     losses: int = 0
     until: float = float("-inf")
+    connection: int = 0
 
 
 class Suspects:
@@ -48,12 +49,15 @@ class Suspects:
         self._probing, self._probing_until = topic, now + ALONE_S
         return 0.0
 
-    def lost(self, topic: str, now: float) -> bool:
-        """The connection ended while a message to `topic` was in flight; whether it is held back from now on."""
-        losses = self._known.get(topic, Suspect()).losses + 1
+    def lost(self, topic: str, connection: int, now: float) -> bool:
+        """The connection of this number ended while messages to `topic` were in flight; whether it is held back from now on."""
+        known = self._known.get(topic, Suspect())
+        if known.connection == connection:
+            return False
+        losses = known.losses + 1
         doublings = min(max(losses - TIMES, 0), 16)
         pause = min(HELD_S[0] * 2**doublings, HELD_S[1]) if losses >= TIMES else 0.0
-        self._known[topic] = Suspect(losses, now + pause)
+        self._known[topic] = Suspect(losses, now + pause, connection)
         self._release(topic)
         return losses == TIMES
 

@@ -124,6 +124,12 @@ class Scene:
         except TimeoutError:
             raise AssertionError(f"{codes} was not logged {count} times\n{self.tail()}") from None
 
+    async def queues_more_than(self, messages: int, timeout_s: float = 30) -> None:
+        """Wait until more than `messages` wait in the outbox."""
+        async with asyncio.timeout(timeout_s):
+            while (await self.status())["outbox"]["messages"] <= messages:
+                await asyncio.sleep(0.2)
+
     def offline_lines(self) -> list[dict[str, Any]]:
         """Each time that the agent said that it was off-line, and why."""
         return [line for line in self.agent.lines() if line.get("event") == "off-line"]

@@ -15,7 +15,7 @@ from tests.integration.mqtt_peer import CONNECT, PINGREQ
 
 CUTS_PER_CAMERA = 2
 CAMERAS_AT_ONCE = 12
-STEP_BYTES = 139
+STEP_BYTES = 199
 
 
 @pytest.mark.conformance("C-CONN-06", "C-CONN-26")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.host.clock import clock_synchronised
+from tests.certificates import Authority
 from tests.faults.cloud import TOPIC_PREFIX, authority
 from tests.faults.scene import scene, started, together
 from tests.integration.mqtt_peer import CONNECT, PUBLISH, SUBSCRIBE
@@ -15,7 +16,7 @@ JOBS = "$aws/things/cam-1/jobs"
 # ---- why there is no connection ------------------------------------------------------------------------------------
 
 
-@pytest.mark.conformance("C-CONN-02", "C-CONN-07")
+@pytest.mark.conformance("C-CONN-07")
 async def test_status_says_why_there_is_no_connection_and_it_goes_on_by_itself(tmp_path):
     def reasons(*codes):
         def script(s):
@@ -69,7 +70,8 @@ async def test_status_says_why_there_is_no_connection_and_it_goes_on_by_itself(t
             await s.ends_well()
 
     async def never(code, hint, prepare=None, **overrides):
-        async with scene(tmp_path / code, "cam-1", prepare=prepare, **overrides) as s:
+        name = prepare.__name__ if prepare else code
+        async with scene(tmp_path / name, "cam-1", prepare=prepare, **overrides) as s:
             s.offer()
             await s.agent.start()
             await s.shows(code, hint=hint)
@@ -77,6 +79,9 @@ async def test_status_says_why_there_is_no_connection_and_it_goes_on_by_itself(t
 
     def other_name(cloud):
         cloud.peer._tls = authority().server_context(authority().server("elsewhere.test"))
+
+    def other_authority(cloud):
+        cloud.peer._tls = Authority(tmp_path / "authority", "another authority").server_context()
 
     expired = authority().client("cam-expired", days=-1)
     await together(
@@ -86,6 +91,7 @@ async def test_status_says_why_there_is_no_connection_and_it_goes_on_by_itself(t
         hung_up_thrice(),
         never("dns", "DNS", cloud={"endpoint": "camera.invalid"}),
         never("tls", "ca_file", prepare=other_name),
+        never("tls", "ca_file", prepare=other_authority),
         never("proxy", "proxy_url", cloud={"proxy_url": "http://127.0.0.1:9"}),
         never(
             "certificate" if clock_synchronised() else "clock",  # an unsynchronised clock is the likelier culprit
@@ -96,7 +102,7 @@ async def test_status_says_why_there_is_no_connection_and_it_goes_on_by_itself(t
             },
         ),
     )
-    print(f"{len(cases) + 7} causes tried")
+    print(f"{len(cases) + 8} causes tried")
 
 
 @pytest.mark.conformance("C-CONN-08")
@@ -144,11 +150,10 @@ async def test_a_refused_subscription_is_shown_and_asked_for_again(tmp_path):
 
     await together(
         one("notify", f"{JOBS}/notify-next"),
-        one("get", f"{JOBS}/+/get/accepted"),
-        one("update", f"{JOBS}/+/update/accepted"),
-        one("rejected", f"{JOBS}/+/update/rejected"),
+        one("get", f"{JOBS}/+/get/+"),
+        one("update", f"{JOBS}/+/update/+"),
     )
-    print("4 refused filters tried")
+    print("3 refused filters tried")
 
 
 @pytest.mark.conformance("C-CONN-12")
@@ -158,11 +163,10 @@ async def test_a_refused_publish_harms_nothing_else_and_is_sent_again_when_that_
             s.cloud.peer.refuse_topics = dict.fromkeys(topics, code)
             await s.agent.start()
             s.offer("bad")
-            refused = await s.cloud.peer.until(lambda: [p for p in s.cloud.peer.of(PUBLISH) if p.topic in topics][1:])
+            await s.cloud.peer.until(lambda: [p for p in s.cloud.peer.of(PUBLISH) if p.topic in topics][1:])
             s.cloud.peer.refuse_topics = {}
             await s.ends_well()
             assert connects(s) == 1
-            return refused
 
     await together(
         one("report", [f"{TOPIC_PREFIX}/cam-1/report"], 0x97),

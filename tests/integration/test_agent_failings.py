@@ -32,6 +32,7 @@ async def test_sigterm_at_any_moment_ends_it_cleanly(tmp_path):
         moments = random.Random(11)
         for number in range(STOPS):
             cloud.jobs.create(f"job-{number}", DOCUMENT)
+            agent.socket.unlink(missing_ok=True)
             await agent.start()
             async with asyncio.timeout(60):
                 while not agent.socket.exists():

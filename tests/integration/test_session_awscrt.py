@@ -184,7 +184,7 @@ async def test_what_is_under_way_is_connection_lost_and_what_waits_is_offline(pe
         for number, end in enumerate(endings, 1):
             async with asyncio.timeout(20):
                 await session.wait_connected()
-            sending = [asyncio.create_task(session.publish("t", b"%d" % n)) for n in range(bound + 30)]
+            sending = [asyncio.create_task(session.publish(f"t/{number}", b"%d" % n)) for n in range(bound + 30)]
             await peer.until(lambda: len(peer.of(mqtt.PUBLISH)) == bound * number)
             end()
             results = await asyncio.gather(*sending, return_exceptions=True)

@@ -1,14 +1,24 @@
 """Topics that make the server hang up are held back, and whoever was only near them is cleared."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.cloud.suspects import ALONE_S, HELD_S, TIMES, Suspects
 
+connections = itertools.count(1)
+
 
 def guilty(suspects, topic, now=0.0, times=TIMES):
-    return [suspects.lost(topic, now) for _ in range(times)]
+    return [suspects.lost(topic, next(connections), now) for _ in range(times)]
+
+
+def test_many_messages_in_flight_at_one_loss_count_once():
+    suspects = Suspects()
+    assert [suspects.lost("busy", 1, 0.0) for _ in range(20)] == [False] * 20
+    assert suspects.wait_s("busy", 0.0) == 0
 
 
 def test_three_losses_in_a_row_hold_a_topic_back_and_an_answer_forgives():
@@ -36,11 +46,11 @@ def test_suspects_are_tried_one_at_a_time_so_that_the_innocent_are_cleared():
     suspects = Suspects()
     for _ in range(TIMES):
         for topic in ("jobs", "shadow"):
-            suspects.lost(topic, 0.0)
+            suspects.lost(topic, next(connections), 0.0)
     now = HELD_S[0]
     assert suspects.wait_s("shadow", now) == 0
     assert suspects.wait_s("jobs", now) == ALONE_S
-    suspects.lost("shadow", now + 1)
+    suspects.lost("shadow", next(connections), now + 1)
     assert suspects.wait_s("jobs", now + 1) == 0
     suspects.answered("jobs")
     assert suspects.held == ["shadow"]
@@ -63,7 +73,7 @@ def test_whatever_happens_nobody_waits_longer_than_the_longest_hold(steps):
         if what == "ask":
             assert 0 <= suspects.wait_s(topic, now) <= HELD_S[1] + ALONE_S
         elif what == "lost":
-            suspects.lost(topic, now)
+            suspects.lost(topic, next(connections), now)
         else:
             suspects.answered(topic)
             assert topic not in suspects.held

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +20,9 @@ from awscrt import http, io, mqtt5
 from awscrt.exceptions import AwsCrtError
 
 from agent.cloud import identity
-from agent.cloud.offline import Failure
+from agent.cloud.offline import Facts, Failure
 from agent.errors import CloudError
+from agent.host.clock import clock_synchronised
 from agent.logs import get_logger
 from agent.settings import Cloud
 
@@ -325,4 +328,23 @@ def _client_options(
         on_lifecycle_event_connection_failure_fn=connection.on_refused,
         on_lifecycle_event_disconnection_fn=connection.on_down,
         disable_metrics=True,
+    )
+
+
+def facts_of(options: Options, certificate_id: str) -> Facts:
+    """What diagnose() may want to know. Blocking."""
+    starts = until = None
+    with contextlib.suppress(CloudError):
+        certificate = identity.read_certificate(options.certificate_file)
+        starts, until = certificate.not_before, certificate.not_after
+    return Facts(
+        endpoint=options.cloud.endpoint,
+        port=options.cloud.port,
+        client_id=options.client_id,
+        certificate_id=certificate_id,
+        certificate_from=starts,
+        certificate_until=until,
+        clock_synchronised=clock_synchronised(),
+        proxy=urlsplit(options.cloud.proxy_url).netloc.rpartition("@")[2],
+        now=time.time(),
     )

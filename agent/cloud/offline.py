@@ -162,8 +162,8 @@ def diagnose(failure: Failure, history: History, facts: Facts) -> Diagnosis:
         return _diagnose_loss(failure, where)
     hung_up = _hung_up(failure)
     tls_failed = "_TLS_" in error and error != TLS_TIMEOUT
-    if tls_failed or (hung_up and _invalid_certificate(facts)):
-        return _invalid_certificate(facts) or _diagnose_tls(facts, where)
+    if tls_failed or (hung_up and invalid_certificate(facts)):
+        return invalid_certificate(facts) or _diagnose_tls(facts, where)
     if "PROXY" in error or (facts.proxy and not hung_up and any(word in error for word in ON_THE_WAY)):
         return _diagnose_proxy(error, facts, where)
     if "DNS" in error:
@@ -351,7 +351,7 @@ def _diagnose_proxy(error: str, facts: Facts, where: str) -> Diagnosis:
 
 
 def _refused(reason: str, facts: Facts) -> Diagnosis:
-    return _invalid_certificate(facts) or Diagnosis(
+    return invalid_certificate(facts) or Diagnosis(
         "not_authorised",
         reason,
         f"check in AWS IoT that certificate {facts.certificate_id or 'of this camera'} is ACTIVE, attached to the thing, "
@@ -359,7 +359,7 @@ def _refused(reason: str, facts: Facts) -> Diagnosis:
     )
 
 
-def _invalid_certificate(facts: Facts) -> Diagnosis | None:
+def invalid_certificate(facts: Facts) -> Diagnosis | None:
     """What is wrong when the clock is outside of the certificate's validity; None when it is inside or not known."""
     if facts.certificate_from is not None and facts.now < facts.certificate_from:
         return Diagnosis(

@@ -15,21 +15,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from agent.cloud import identity, proxy, topics
+from agent.cloud import proxy, topics
 from agent.cloud.announcement import Announce, Announcement
-from agent.cloud.connection import Connection, Options, lost
+from agent.cloud.connection import Connection, Options, facts_of, lost
 from agent.cloud.offline import (
     REFUSED,
     Diagnosis,
-    Facts,
     Failure,
     History,
     Link,
     Pace,
     blames_a_message,
     diagnose,
+    invalid_certificate,
     messages_held,
     publish_refused,
     subscriptions_refused,
@@ -39,7 +38,7 @@ from agent.cloud.replies import Rejected, Replies
 from agent.cloud.subscriptions import Handler, Subscriptions
 from agent.cloud.suspects import Suspects
 from agent.errors import CloudError
-from agent.host.clock import clock_synchronised
+from agent.host import clock
 from agent.logs import get_logger
 from agent.settings import Cloud
 
@@ -82,6 +81,7 @@ class Session:
         self._on_link: list[Callable[[Link], None]] = []
         self._suspects = Suspects()
         self._replies = Replies()
+        self._options: Options
         self._connection: Connection | None = None
         self._certificate_id = ""
         self._history = History()
@@ -219,12 +219,16 @@ class Session:
                     await self._hold_off(Diagnosis(error.code, error.message, error.hint))
                     continue
                 first = False
+                # Taken before: the clock may be set right meanwhile, and a refused handshake is told half a minute late.
+                facts = await asyncio.to_thread(facts_of, self._options, self._certificate_id)
+                if doubt := invalid_certificate(facts):
+                    self._set_link("connecting", **vars(doubt))
                 failure, lasted_s = await self._try(connection)
                 if failure is None:
                     self._history = History()
                     continue
                 self._history = self._history.after(failure, time.monotonic(), lasted_s, self._pace)
-                await self._hold_off(diagnose(failure, self._history, await asyncio.to_thread(self._facts)))
+                await self._hold_off(diagnose(failure, self._history, facts))
         finally:
             if self._link.state != "stopped":
                 self._set_link("stopped", reason="the agent was stopped")
@@ -238,9 +242,9 @@ class Session:
 
     async def _open(self) -> Connection:
         will = self._announcement.will()
-        options = Options(self._client_id, self._cloud, self._certificate_file, self._private_key_file, will)
+        self._options = Options(self._client_id, self._cloud, self._certificate_file, self._private_key_file, will)
         connection, self._certificate_id = await asyncio.to_thread(
-            Connection.prepare, options, self._subscriptions.dispatch, asyncio.get_running_loop()
+            Connection.prepare, self._options, self._subscriptions.dispatch, asyncio.get_running_loop()
         )
         return connection
 
@@ -348,28 +352,16 @@ class Session:
             certificate_id=self._certificate_id,
             next_s=round(wait, 1),
         )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait):
-                await self._restart.wait()
+        restart = asyncio.create_task(self._restart.wait())
+        clock_set = asyncio.create_task(clock.jump()) if diagnosis.code in ("clock", "tls", "certificate") else restart
+        try:
+            await _first_of(restart, clock_set, timeout_s=wait)
+            if restart.done():
                 self._history = History()
-
-    def _facts(self) -> Facts:
-        """What diagnose() may want to know. Blocking."""
-        starts = until = None
-        with contextlib.suppress(CloudError):
-            certificate = identity.read_certificate(self._certificate_file)
-            starts, until = certificate.not_before, certificate.not_after
-        return Facts(
-            endpoint=self._cloud.endpoint,
-            port=self._cloud.port,
-            client_id=self._client_id,
-            certificate_id=self._certificate_id,
-            certificate_from=starts,
-            certificate_until=until,
-            clock_synchronised=clock_synchronised(),
-            proxy=urlsplit(self._cloud.proxy_url).netloc.rpartition("@")[2],
-            now=time.time(),
-        )
+        finally:
+            for task in (restart, clock_set):
+                task.cancel()
+            await asyncio.wait({restart, clock_set})
 
     def _set_link(self, state: Literal["connected", "connecting", "offline", "stopped"], **changes: Any) -> None:
         since = self._link.since if state == self._link.state else time.time()

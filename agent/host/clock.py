@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import ctypes.util
+import time
 from functools import cache
 from pathlib import Path
 
+JUMP_S = 60.0
+LOOK_S = 2.0
 STA_UNSYNC = 0x0040
 TIME_ERROR = 5
 
@@ -28,3 +32,10 @@ def clock_synchronised() -> bool | None:
     long_size = ctypes.sizeof(ctypes.c_long)
     status = ctypes.c_int.from_buffer(buffer, 5 * long_size).value
     return state != TIME_ERROR and not status & STA_UNSYNC
+
+
+async def jump() -> None:
+    """Return when the wall clock has been set by a minute or more."""
+    offset = time.time() - time.monotonic()
+    while abs(time.time() - time.monotonic() - offset) < JUMP_S:  # noqa: ASYNC110  nothing tells that it was set
+        await asyncio.sleep(LOOK_S)

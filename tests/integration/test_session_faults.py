@@ -172,11 +172,11 @@ class TestTls:
         assert asked == ["localhost"]
 
     async def test_a_certificate_outside_of_its_time_explains_the_refusal(self, peer, cloud, authority, monkeypatch):
-        monkeypatch.setattr("agent.cloud.session.clock_synchronised", lambda: True)
+        monkeypatch.setattr("agent.cloud.connection.clock_synchronised", lambda: True)
         expired, future = dated(authority, "client-expired", -9, -1), dated(authority, "client-future", 1, 9)
         await offline(cloud, expired, code="certificate", said="expired", remedy="provision")
         await offline(cloud, future, code="clock", said="not valid yet", remedy="NTP")
-        monkeypatch.setattr("agent.cloud.session.clock_synchronised", lambda: False)
+        monkeypatch.setattr("agent.cloud.connection.clock_synchronised", lambda: False)
         await offline(cloud, expired, code="clock", said="looks expired", remedy="NTP")
         assert not peer.packets
 

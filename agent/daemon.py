@@ -21,7 +21,7 @@ from agent.cloud.jobs import JobsClient
 from agent.cloud.session import Session
 from agent.cloud.shadow import ShadowClient
 from agent.config.configuration import Configuration
-from agent.errors import AgentError, CloudError
+from agent.errors import AgentError, CloudError, RefusedError, SettingsError
 from agent.health.health import Health
 from agent.health.probes.certificates import validity
 from agent.host import clock, files
@@ -34,7 +34,7 @@ from agent.jobs.operations.reboot import Reboot
 from agent.jobs.operations.restart import Restart
 from agent.jobs.operations.run import Run
 from agent.logs import get_logger, set_level
-from agent.settings import Settings
+from agent.settings import Settings, load
 from agent.store import Store, Tables
 from agent.supervise import VitalTaskError, restarting, vital
 from agent.telemetry.outbox import Outbox
@@ -168,12 +168,14 @@ class Daemon:
 
         session.subscribe(topics.accepted(topics.shadow_update(thing, "config")), on_update)
 
-        async def ready() -> None:
+        async def ask_for_jobs() -> None:
             engine.wake()
-            await outbox.connected()
-            await configuration.on_ready()
 
-        session.on_ready(ready)
+        async def look_at_certificate() -> None:
+            self._certificate_not_after = await asyncio.to_thread(_expiry, settings.certificate_file)
+
+        for ready in (ask_for_jobs, outbox.connected, configuration.on_ready, look_at_certificate):
+            session.on_ready(ready)
         async with asyncio.TaskGroup() as group:
             start = partial(_start, group)
             start("session", vital, partial(self._stay_connected, session))
@@ -269,8 +271,21 @@ class Daemon:
             for name, target in self._settings.updates.targets.items()
             if target.unit or target.restart
         }
+
+        def check_settings() -> None:
+            try:
+                load(self._parts.config_file)
+            except SettingsError as error:
+                raise RefusedError(
+                    "settings_invalid", f"the agent could not start again: {error.message}", "mend agent.toml first"
+                ) from error
+
         return Restart(
-            instance=self._instance, restart_agent=restart_agent, targets=targets, mutation_lock=self._mutation_lock
+            instance=self._instance,
+            restart_agent=restart_agent,
+            check_settings=check_settings,
+            targets=targets,
+            mutation_lock=self._mutation_lock,
         )
 
     def _build_configuration(self, thing: str, session: Session, update: Update) -> Configuration:

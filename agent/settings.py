@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +28,7 @@ from pydantic import (
 from agent.errors import SettingsError
 
 DEFAULT_CONFIG_FILE = Path("/etc/camera-agent/agent.toml")
+MAX_PORT = 65535
 MAX_SOCKET_PATH = 107
 """Bytes that Linux allows for the path of a socket."""
 
@@ -62,8 +64,29 @@ def _host_name(name: str) -> str:
     return name
 
 
+def _proxy(url: str) -> str:
+    if not url:
+        return url
+    form = ValueError(
+        "give http://[user:password@]host[:port]; write signs like @ : / # [ ] in a password as %40, %3A, …"
+    )
+    try:
+        parts = urlsplit(url)
+        name, port = parts.hostname or "", parts.port or 80
+        name.encode("idna")
+    except (ValueError, UnicodeError):
+        raise form from None
+    plain = re.fullmatch(
+        r"http://([^\s/@:#?\[\]]+(:[^\s/@#?\[\]]*)?@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:[0-9]+)?/?", url
+    )
+    if not plain or not name or port > MAX_PORT:
+        raise form
+    return url
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 SocketDir = Annotated[AbsolutePath, AfterValidator(_room_for_socket)]
+ProxyUrl = Annotated[str, AfterValidator(_proxy)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 Command = Annotated[list[str], Field(min_length=1), AfterValidator(_startable)]
 UnitName = Annotated[str, StringConstraints(pattern=r"^[^\s/\x00]{0,255}$")]
@@ -112,9 +135,7 @@ class Cloud(Section):
     """PEM file of the device certificate. Default: `<state_dir>/identity/certificate.pem`."""
     private_key_file: AbsolutePath | None = None
     """PEM file of the device's private key. Default: `<state_dir>/identity/private-key.pem`."""
-    proxy_url: str = Field(
-        "", pattern=r"^(http://([^\s/:@]+(:[^\s/@]*)?@)?[^\s/:@]+(:[0-9]{1,4}|:[1-5][0-9]{4}|:6[0-4][0-9]{3})?/?)?$"
-    )
+    proxy_url: ProxyUrl = ""
     """HTTP proxy for MQTT and downloads, `http://[user:password@]host:port`. Empty: none."""
     keep_alive_s: int = Field(45, ge=30, le=1200, json_schema_extra=unit("s"))
     """MQTT keep-alive; mobile networks drop idle connections after one to five minutes."""
@@ -150,7 +171,7 @@ class Jobs(Section):
     """The local policy: what the cloud may ask for. The cloud can't change it."""
 
     allow: list[Operation] = ["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
-    """Operations that jobs may use."""
+    """Operations that jobs may use. diagnostics, snapshot and rotate-certificate are reserved: this version refuses them."""
     handler_dir: AbsolutePath = Path("/etc/camera-agent/handlers")
     """Folder of the handlers that `runHandler` steps may start; neither it, nor a folder above it, nor a handler may be writable by others."""
     commands: Literal["deny", "allow"] = "deny"

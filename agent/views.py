@@ -66,8 +66,8 @@ class Parts:
             return self.session.link
         if self.identity_error:
             error = self.identity_error
-            return Link("offline", self.started_at, error.code, error.message, error.hint)
-        return Link("connecting", self.started_at)
+            return Link("offline", self.started_at, error.code, error.message, error.hint, since_monotonic=self.started)
+        return Link("connecting", self.started_at, since_monotonic=self.started)
 
     def conditions(self) -> list[Json]:
         """Every condition that is set, of the machine, the capture and the connection."""
@@ -76,7 +76,7 @@ class Parts:
             *(self.capture.conditions() if self.capture else []),
         ]
         link = self.link
-        offline_for = min(time.time() - link.since, self.uptime_s)  # the clock may have jumped
+        offline_for = time.monotonic() - link.since_monotonic
         if self.store and self.store.quarantined:
             found.append(
                 {

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 
 from agent.cloud import topics
-from agent.cloud.offline import NOT_AUTHORISED, Failure, refused_before_connack
+from agent.cloud.offline import NOT_AUTHORISED, Failure, blames_a_message, refused_before_connack
 from agent.errors import CloudError
 from agent.logs import get_logger
 
@@ -90,7 +90,7 @@ class Announcement:
         except CloudError as error:
             log.warning("the birth message was not published", code=error.code, reason=error.message)
             self._births_off = not error.retryable
-            self._birth_under_way = error.code == "connection_lost"
+            self._birth_under_way = error.code in ("connection_lost", "connection_ended")
         except Exception:
             log.exception("publishing the birth message failed")
             self._birth_under_way = False
@@ -98,7 +98,7 @@ class Announcement:
             self._birth_under_way, self._births_lost = False, 0
 
     def _judge_birth(self, failure: Failure) -> None:
-        if not self._birth_under_way:
+        if not self._birth_under_way or not blames_a_message(failure):
             return
         self._births_lost += 1
         if failure.reason_code == NOT_AUTHORISED or self._births_lost >= BIRTHS_LOST:

@@ -1,4 +1,4 @@
-"""One network connection of the session: an awscrt client that is started once, and the operations in flight on it.
+"""One network connection of the session: an awscrt client that is started once, and the operations in flight on it. Owner of awscrt.
 
 awscrt calls back on its own native thread; every callback here only hands over to the event loop.
 """
@@ -20,7 +20,7 @@ from awscrt import http, io, mqtt5
 from awscrt.exceptions import AwsCrtError
 
 from agent.cloud import identity
-from agent.cloud.offline import Facts, Failure
+from agent.cloud.offline import PUBLISH_UNANSWERED, Facts, Failure
 from agent.errors import CloudError
 from agent.host.clock import clock_synchronised
 from agent.logs import get_logger
@@ -34,6 +34,12 @@ PUBLISHES_PER_S, BURST = 80, 10
 ACK_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 10.0
 ABANDON_TIMEOUT_S = 1.0
+MAX_PACKET_BYTES = 149_504
+"""What AWS IoT sends and takes at most."""
+UNANSWERED = 3
+"""Publishes in a row without an acknowledgement until the connection is given up."""
+MAX_ABANDONED = 100
+"""Native clients that never stopped, each with its socket, until the process had better start anew."""
 TCP_TIMEOUT_S = 10
 NEVER_BY_ITSELF_MS = 86_400_000
 CONNECTION_OVER = ("OFFLINE_QUEUE_POLICY", "USER_REQUESTED_STOP", "CLIENT_TERMINATED", "SOCKET", "HANGUP")
@@ -53,6 +59,9 @@ class Options:
     will: tuple[str, bytes] | None
 
 
+_abandoned: set[int] = set()
+
+
 class Connection:
     """From start() to close(). `opened` gives whether the session was resumed, `ended` why the connection is over."""
 
@@ -64,6 +73,7 @@ class Connection:
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._pending: set[asyncio.Future[Any]] = set()
         self._over = False
+        self._unanswered = 0
         self._next_publish = 0.0
         self._client = make_client(self)
 
@@ -102,13 +112,24 @@ class Connection:
                 await self._stopped.wait()
         except TimeoutError:
             log.debug("the MQTT client did not stop in time", timeout_s=limit)
+            _abandoned.add(id(self._stopped))
         finally:
             self._client = None
+        if len(_abandoned) > MAX_ABANDONED:
+            raise RuntimeError(f"{MAX_ABANDONED} MQTT clients did not stop, the process must start anew")
 
     async def publish(self, topic: str, payload: bytes) -> int:
         """Send with QoS 1; the reason code of the PUBACK. Raises CloudError when the connection ends before."""
         packet = mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
-        completion = await self._operate(lambda: self._client.publish(packet), self._await_turn)
+        try:
+            completion = await self._operate(lambda: self._client.publish(packet), self._await_turn)
+        except CloudError as error:
+            if error.code == "no_answer":
+                self._unanswered += 1
+                if self._unanswered >= UNANSWERED:
+                    self._end(Failure(PUBLISH_UNANSWERED, was_connected=True))
+            raise
+        self._unanswered = 0
         return int(completion.puback.reason_code)
 
     async def subscribe(self, topic_filters: Sequence[str]) -> list[int]:
@@ -195,6 +216,7 @@ class Connection:
 
     def on_stopped(self, _: Any) -> None:
         """Native thread: nothing will happen any more."""
+        _abandoned.discard(id(self._stopped))
         self.hand_over(self._stopped.set)
 
     def _end(self, failure: Failure) -> None:
@@ -309,6 +331,7 @@ def _client_options(
             client_id=options.client_id,
             keep_alive_interval_sec=cloud.keep_alive_s,
             session_expiry_interval_sec=cloud.session_expiry_s,
+            maximum_packet_size=MAX_PACKET_BYTES,
             will=will,
         ),
         session_behavior=mqtt5.ClientSessionBehaviorType.REJOIN_ALWAYS

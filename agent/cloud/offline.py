@@ -21,6 +21,8 @@ HANGUP = "AWS_ERROR_MQTT_UNEXPECTED_HANGUP"
 """The other side closed after the TLS handshake; before its end the error is AWS_IO_SOCKET_CLOSED."""
 CONNACK_REFUSED = "AWS_ERROR_MQTT5_CONNACK_CONNECTION_REFUSED"
 TLS_TIMEOUT = "AWS_IO_TLS_NEGOTIATION_TIMEOUT"
+SUBSCRIBE_UNANSWERED, PUBLISH_UNANSWERED = "SUBSCRIBE_UNANSWERED", "PUBLISH_UNANSWERED"
+"""Failures that we find ourselves: the connection stands and is of no use."""
 SILENCE = ("TIMEOUT", "UNANSWERED")
 ON_THE_WAY = ("DNS", "SOCKET", "HTTP", "CONNECT_UNANSWERED", TLS_TIMEOUT)
 """In the errors that come before TLS stands; with a proxy it is the proxy's doing."""
@@ -65,7 +67,7 @@ class Link:
 
     state: Literal["connected", "connecting", "offline", "stopped"] = "stopped"
     since: float = 0.0
-    """When the state began, seconds since the epoch."""
+    """Since when it has been connected, or not connected, seconds since the epoch."""
     code: str = ""
     reason: str = ""
     hint: str = ""
@@ -73,6 +75,8 @@ class Link:
     """Whether AWS IoT still had our session at the last connect."""
     connects: int = 0
     """Successful CONNECTs of this process."""
+    since_monotonic: float = 0.0
+    """`since` on the monotonic clock, which nobody sets."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def diagnose(failure: Failure, history: History, facts: Facts) -> Diagnosis:
     if hung_up and history.hangups >= HANGUPS_UNTIL_NOT_AUTHORISED:
         return _refused(
             f"{where} closed {history.hangups} connections in a row before answering, as AWS IoT does with a "
-            "certificate or policy it does not accept",
+            f"certificate or policy it does not accept, and a firewall with a port {facts.port} it does not let through",
             facts,
         )
     if hung_up:
@@ -217,7 +221,7 @@ def messages_held(held: Sequence[str], certificate_id: str) -> Diagnosis:
     """What topics mean whose messages are held back because connections end over them."""
     return Diagnosis(
         "messages_held",
-        f"AWS IoT seems to close the connection over messages to {', '.join(held)}; they are sent seldom and alone now",
+        f"AWS IoT seems to close the connection over messages to {', '.join(held)}; they are sent seldom now, and those of no two such topics at once",
         f"check that the policy of certificate {certificate_id} allows iot:Publish on them",
     )
 
@@ -275,6 +279,14 @@ def _hung_up(failure: Failure) -> bool:
 
 
 def _diagnose_loss(failure: Failure, where: str) -> Diagnosis:
+    if failure.error == SUBSCRIBE_UNANSWERED:
+        return Diagnosis(
+            "no_answer",
+            f"{where} takes the connection and does not answer the subscriptions",
+            "check that the certificate's policy allows iot:Subscribe; it is tried again by itself",
+        )
+    if failure.error == PUBLISH_UNANSWERED:
+        return Diagnosis("no_answer", f"{where} acknowledges no messages any more", "it is connected again by itself")
     if any(word in failure.error for word in SILENCE):
         return Diagnosis(
             "no_answer",

@@ -20,6 +20,7 @@ from agent.settings import Settings
 
 CONNECT_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 30.0
+LOOK_AGAIN_S = 30.0
 REFUSED_RETRY_S = 300.0
 RETRY_S = (5.0, 300.0)
 
@@ -85,6 +86,8 @@ async def provision(
 
 def retry_s(error: CloudError, attempt: int, chance: float) -> float:
     """Seconds until provisioning is worth another try; `attempt` counts from 1, `chance` is uniform in 0…1."""
+    if error.code == "not_configured":
+        return LOOK_AGAIN_S  # costs nobody anything; the files may be put there any moment
     if not error.retryable:
         return REFUSED_RETRY_S * (1 + chance)
     ceiling = min(RETRY_S[1], RETRY_S[0] * 2.0 ** min(attempt, 20))

@@ -1,4 +1,4 @@
-"""The one MQTT 5 session with AWS IoT: it reconnects, subscribes and asks again by itself. Owner of awscrt.
+"""The one MQTT 5 session with AWS IoT: it reconnects, subscribes and asks again by itself.
 
 Every connection is a fresh awscrt client that never reconnects on its own, so that the pace of CONNECTs, changed
 certificates and hold-offs are decided here. Nothing is queued while off-line: what must not be lost waits in the outbox.
@@ -21,6 +21,7 @@ from agent.cloud.announcement import Announce, Announcement
 from agent.cloud.connection import Connection, Options, facts_of, lost
 from agent.cloud.offline import (
     REFUSED,
+    SUBSCRIBE_UNANSWERED,
     Diagnosis,
     Failure,
     History,
@@ -86,8 +87,9 @@ class Session:
         self._certificate_id = ""
         self._history = History()
         self._connect_at = float("-inf")
-        self._link = Link(since=time.time())
+        self._link = Link(since=time.time(), since_monotonic=time.monotonic())
         self._ready = asyncio.Event()
+        self._ready_since: float | None = None
         self._restart = asyncio.Event()
 
     @property
@@ -149,15 +151,16 @@ class Session:
     async def publish(self, topic: str, payload: bytes, *, timeout_s: float = 60) -> None:
         """Send with QoS 1; returns once AWS IoT has taken it.
 
-        Raises CloudError: `offline` (not sent), `connection_lost` (the connection ended while it was under way) or
+        Raises CloudError: `offline` (not sent), `connection_lost` (the connection was closed while it was under way),
+        `connection_ended` (the same, for a reason that has nothing to do with messages) or
         `no_answer`, which both may have been taken, all retryable;
         `topic_not_valid`, `packet_too_large` (not sent) or the reason of the refusal, such as `not_authorised`.
         """
         topics.check_message(topic, len(payload))
         connection, connects = self._connection, self._link.connects
-        held_s = self._suspects.wait_s(topic, time.monotonic())
         if connection is None:
             raise self._offline_error()
+        held_s = self._suspects.wait_s(topic, time.monotonic())
         if held_s:
             held = messages_held([topic], self._certificate_id)
             raise CloudError(held.code, f"{held.reason}, next in {held_s:.0f} s", held.hint, retryable=True)
@@ -169,12 +172,11 @@ class Session:
                 "no_answer", f"AWS IoT did not acknowledge a message to {topic} within {timeout_s:g} s", retryable=True
             ) from None
         except CloudError as error:
-            if (
-                error.code == "connection_lost"
-                and connection.ended.done()
-                and blames_a_message(connection.ended.result())
-            ):
-                self._suspects.lost(topic, connects, time.monotonic())
+            if error.code != "connection_lost":
+                raise
+            if not (connection.ended.done() and blames_a_message(connection.ended.result())):
+                raise CloudError("connection_ended", error.message, retryable=True) from None
+            self._suspects.lost(topic, connects, time.monotonic())
             raise
         if self._suspects.answered(topic):
             self._set_link(self._link.state, **self._degraded())
@@ -269,29 +271,34 @@ class Session:
         try:
             connection.start()
             await _first_of(connection.opened, connection.ended, restart, timeout_s=CONNECT_TIMEOUT_S)
-            began = self._connect_at = time.monotonic()  # by now the CONNECT has arrived, if it was sent at all
+            self._connect_at = time.monotonic()  # by now the CONNECT has arrived, if it was sent at all
             if connection.opened.done() and not connection.ended.done():
                 self._connection = connection
                 ready = asyncio.create_task(self._serve(connection, rejoined=connection.opened.result()))
                 tasks += [ready, asyncio.create_task(self._publish_birth())]
                 await _first_of(connection.ended, restart, ready)
             if connection.ended.done():
-                return connection.ended.result(), time.monotonic() - began
+                return connection.ended.result(), self._served_s()
             if restart.done():
-                return None, time.monotonic() - began
+                return None, self._served_s()
             if not ready:
                 return Failure("CONNECT_UNANSWERED"), 0.0
             error = None if ready.cancelled() else ready.exception()
             log.warning("subscribing failed, the connection is given up", reason=str(error or "cancelled"))
-            return Failure("SUBSCRIBE_UNANSWERED", was_connected=True), time.monotonic() - began
+            return Failure(SUBSCRIBE_UNANSWERED, was_connected=True), self._served_s()
         finally:
             self._unusable()
+            self._ready_since = None
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             connection.fail()
             self._replies.fail(lost)
             await connection.close()
+
+    def _served_s(self) -> float:
+        """For how long the present connection has been of use, in seconds."""
+        return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
 
     def _unusable(self) -> None:
         self._connection = None
@@ -312,6 +319,7 @@ class Session:
             self._set_link("connected", **self._degraded())
             if not subscriptions.declared.is_set():
                 self._ready.set()
+                self._ready_since = self._ready_since or time.monotonic()
             if first or accepted_after_all:
                 await self._call_ready()
             first = False
@@ -323,7 +331,7 @@ class Session:
 
     def _degraded(self) -> dict[str, str]:
         """What does not work although there is a connection, for the link."""
-        if held := self._suspects.held:
+        if held := self._suspects.held(time.monotonic()):
             return vars(messages_held(held, self._certificate_id))
         return vars(subscriptions_refused(self._subscriptions.refused, self._certificate_id))
 
@@ -364,9 +372,10 @@ class Session:
             await asyncio.wait({restart, clock_set})
 
     def _set_link(self, state: Literal["connected", "connecting", "offline", "stopped"], **changes: Any) -> None:
-        since = self._link.since if state == self._link.state else time.time()
-        cleared = {"code": "", "reason": "", "hint": ""}
-        link = replace(self._link, **{**cleared, **changes}, state=state, since=since)
+        goes_on = (state == "connected") == (self._link.state == "connected")
+        begins = {} if goes_on else {"since": time.time(), "since_monotonic": time.monotonic()}
+        cleared = {} if state == "connecting" and goes_on else {"code": "", "reason": "", "hint": ""}
+        link = replace(self._link, **{**cleared, **begins, **changes}, state=state)
         if link == self._link:
             return
         self._link = link

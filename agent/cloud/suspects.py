@@ -12,6 +12,7 @@ from dataclasses import dataclass
 TIMES = 3
 HELD_S = (60.0, 3600.0)
 ALONE_S = 10.0
+FORGOTTEN_S = 2 * HELD_S[1]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Suspect:
     """`losses` of connections in a row, the last one being `connection`; held back until monotonic time `until`."""
 
     losses: int = 0
-    until: float = float("-inf")
+    until: float = 0.0
     connection: int = 0
 
 
@@ -31,9 +32,9 @@ class Suspects:
         self._probing = ""
         self._probing_until = float("-inf")
 
-    @property
-    def held(self) -> list[str]:
-        """The topics that are suspected."""
+    def held(self, now: float) -> list[str]:
+        """The topics that are held back, and were asked for lately."""
+        self._forget(now)
         return sorted(topic for topic, known in self._known.items() if known.losses >= TIMES)
 
     def wait_s(self, topic: str, now: float) -> float:
@@ -51,6 +52,7 @@ class Suspects:
 
     def lost(self, topic: str, connection: int, now: float) -> bool:
         """The connection of this number ended while messages to `topic` were in flight; whether it is held back from now on."""
+        self._forget(now)
         known = self._known.get(topic, Suspect())
         if known.connection == connection:
             return False
@@ -66,6 +68,10 @@ class Suspects:
         known = self._known.pop(topic, None)
         self._release(topic)
         return known is not None and known.losses >= TIMES
+
+    def _forget(self, now: float) -> None:
+        """Topics that nobody has used for long, such as those of a job that has ended."""
+        self._known = {topic: known for topic, known in self._known.items() if now - known.until < FORGOTTEN_S}
 
     def _release(self, topic: str) -> None:
         if self._probing == topic:

@@ -20,7 +20,7 @@ MACHINE_RULES = (
     Rule("clock.unsynchronised", "warning", "see `timedatectl timesync-status`; NTP needs UDP port 123 to its server",
          hold_s=900),
     Rule("certificate.expired", "critical", "provision the camera again: `camera-agent provision`"),
-    Rule("certificate.expiring", "warning", "renew it with a rotate-certificate job", depends_on=("certificate.expired",)),
+    Rule("certificate.expiring", "warning", "put a new certificate and key in place; they are used at the next connect", depends_on=("certificate.expired",)),
 )  # fmt: skip
 
 

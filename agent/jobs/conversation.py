@@ -30,10 +30,11 @@ class Conversation:
         """The pending execution; None when there is none, or when off-line: the next connect wakes us."""
         delay = RETRY_S[0]
         while True:
+            self.wake.clear()
             try:
                 return await self._jobs.describe_next()
             except CloudError as error:
-                if error.code in ("offline", "connection_lost"):
+                if error.code in ("offline", "connection_lost", "connection_ended"):
                     return None
                 level = log.debug if error.retryable else log.error
                 level("could not ask for the next job", code=error.code, reason=error.message, hint=error.hint)
@@ -43,10 +44,24 @@ class Conversation:
         """The job's document made anew. Raises CloudError."""
         return (await self._jobs.describe(job_id, execution_number)).document
 
+    async def announce(self, record: Record, details: dict[str, str]) -> Event:
+        """Send IN_PROGRESS until the cloud has answered definitely; looks each time whether it is still the same job."""
+        delay = RETRY_S[0]
+        while True:
+            self.wake.clear()
+            answer = await self.try_once(record, "IN_PROGRESS", details)
+            if not isinstance(answer, CloudError):
+                return answer
+            delay = await self.pause(delay)
+            seen = await self.ask(record)
+            if not isinstance(seen, machine.Seen) or seen.version != record.version_number or seen.status != "QUEUED":
+                return seen
+
     async def tell(self, record: Record, status: str, details: dict[str, str]) -> Event:
         """Send a status until the cloud has answered definitely."""
         delay, malformed = RETRY_S[0], 0
         while True:
+            self.wake.clear()
             answer = await self.try_once(record, status, details)
             if not isinstance(answer, CloudError):
                 return answer
@@ -60,11 +75,13 @@ class Conversation:
             delay = await self.pause(delay)
 
     async def pause(self, delay: float) -> float:
-        """Wait with jitter, or until something wakes us; the next delay."""
-        self.wake.clear()
+        """Wait with jitter; the next delay. When something wakes us, now or since that was cleared, not so long."""
+        least = random.uniform(0.5, 1) * RETRY_S[0]  # noqa: S311  jitter; however often we are woken
+        await asyncio.sleep(least)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(random.uniform(0.5, 1) * delay):  # noqa: S311  jitter
+            async with asyncio.timeout(random.uniform(0.5, 1) * delay - least):  # noqa: S311
                 await self.wake.wait()
+                return delay
         return min(delay * 2, RETRY_S[1])
 
     async def try_once(self, record: Record, status: str, details: dict[str, str]) -> Event | CloudError:
@@ -86,6 +103,7 @@ class Conversation:
         """What the cloud has of the execution; asks until there is an answer."""
         delay = RETRY_S[0]
         while True:
+            self.wake.clear()
             try:
                 execution = await self._jobs.describe(record.job_id, record.execution_number)
             except CloudError as error:
@@ -93,9 +111,10 @@ class Conversation:
                 if event is not None and not isinstance(event, machine.Unclear):
                     return event
             else:
+                if None not in (record.queued_at, execution.queued_at) and record.queued_at != execution.queued_at:
+                    return machine.Gone()  # it was deleted, and this is another one of its name
                 return machine.Seen(execution.status, execution.version_number)
-            await asyncio.sleep(random.uniform(0.5, 1) * delay)  # noqa: S311  jitter
-            delay = min(delay * 2, RETRY_S[1])
+            delay = await self.pause(delay)
 
 
 def _answer(error: CloudError) -> Event | None:

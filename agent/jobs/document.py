@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,14 +29,15 @@ from agent.errors import RefusedError
 from agent.jobs.conditions import DEFAULT_TYPE
 
 VERSION = "1.0"
-MAX_DOCUMENT_BYTES = 32768
+MAX_DOCUMENT_BYTES = 96 * 1024
+"""CreateJob takes 32 KiB; presigned URLs make a document longer when it is delivered, in a message of 128 KiB at most."""
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
 MAX_PROBLEMS = 8
 PLACEHOLDER = "${aws:iot:"
 MEND = "mend the job document"
-OPTIONAL = re.compile(r"(^|\.)(_.*|path|runAsUser)$")
-"""Where a placeholder that AWS has left is no fault."""
+LEFT = re.compile(r"\$\{aws:iot:[^{}]*\}")
+"""A placeholder as a whole."""
 
 
 def _flag(value: Any) -> Any:
@@ -44,7 +46,7 @@ def _flag(value: Any) -> Any:
 
 def _optional_text(value: Any) -> Any:
     """AWS delivers a template parameter that was not given as "" or leaves the placeholder in place."""
-    return "" if isinstance(value, str) and value.startswith(PLACEHOLDER) else value
+    return "" if isinstance(value, str) and LEFT.fullmatch(value) else value
 
 
 def _number(value: Any) -> Any:
@@ -256,9 +258,9 @@ def parse(document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """The operation a document asks for, and the document in our own form. Raises RefusedError."""
     if not isinstance(document, Mapping):
         raise RefusedError("bad_document", "the job has no document that is a JSON object", MEND)
-    _check_json(document)
-    if len(json.dumps(document)) > MAX_DOCUMENT_BYTES:
+    if _size(document) > MAX_DOCUMENT_BYTES:
         raise RefusedError("bad_document", f"the document is larger than {MAX_DOCUMENT_BYTES} bytes", "make it smaller")
+    _check_json(document)
     version = document.get("version", VERSION)
     if version != VERSION:
         shown = _shown(json.dumps(version, ensure_ascii=False))
@@ -273,14 +275,20 @@ def parse(document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     try:
         parsed = model.model_validate({key: value for key, value in normal.items() if key != "$schema"})
     except ValidationError as error:
-        _refuse_placeholders((place, text) for place, text in _texts(normal) if not OPTIONAL.search(place))
+        _refuse_placeholders((place, text) for place, text in _texts(normal) if not _optional(place))
         raise RefusedError("bad_document", _explain(error), MEND) from None
     result = parsed.model_dump()
     _refuse_placeholders(_texts(result))
     return operation, result
 
 
-def _refuse_placeholders(texts: Iterable[tuple[str, str]]) -> None:
+def _optional(place: _Place | None) -> bool:
+    """Whether a placeholder that AWS has left there is no fault."""
+    key = str(place.key) if place else ""
+    return key.startswith("_") or key in ("path", "runAsUser")
+
+
+def _refuse_placeholders(texts: Iterable[tuple[_Place | None, str]]) -> None:
     for where, text in texts:
         if PLACEHOLDER in text:
             hint = "check the job's presignedUrlConfig, its role and that the object exists"
@@ -307,9 +315,34 @@ def _operation(document: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return "run", {"version": VERSION, "steps": [{"action": step}], **rest}
 
 
+def _size(document: Mapping[str, Any]) -> int:
+    """Bytes of the document as compact JSON, at least; 0 for what can't be written as JSON, which _check_json tells."""
+    try:
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError):
+        return 0
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a value is: the key or index in what is around it."""
+
+    key: Any
+    around: _Place | None
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        place: _Place | None = self
+        while place:
+            parts.append(f"[{place.key}]" if isinstance(place.key, int) else f".{str(place.key)[:120]}")
+            place = place.around
+        return _shown("".join(reversed(parts)).lstrip("."))
+
+
 def _check_json(document: Mapping[str, Any]) -> None:
     """Refuse what no JSON parser, store or program could take, before anything looks into it. Walks without recursion."""
-    pending: list[tuple[str, int, Any]] = [("", 1, document)]
+    pending: list[tuple[_Place | None, int, Any]] = [(None, 1, document)]
     while pending:
         place, depth, value = pending.pop()
         words = (
@@ -318,17 +351,16 @@ def _check_json(document: Mapping[str, Any]) -> None:
             else _unusable(value)
         )
         if words:
-            place = _shown(place.lstrip(".")) or "the document"
-            raise RefusedError("bad_document", f"{place}: {words}", MEND)
+            raise RefusedError("bad_document", f"{place or 'the document'}: {words}", MEND)
         if isinstance(value, Mapping):
             for key, below in value.items():
                 if not isinstance(key, str) or _unusable(key):
-                    here = f"{place}.{key}" if isinstance(key, str) else f"{place}.{key!r:.40}"
                     words = _unusable(key) if isinstance(key, str) else "is not text"
-                    raise RefusedError("bad_document", f"{_shown(here.lstrip('.'))}: the key {words}", MEND)
-                pending.append((f"{place}.{key}", depth + 1, below))
+                    shown = key if isinstance(key, str) else f"{key!r:.40}"
+                    raise RefusedError("bad_document", f"{_Place(shown, place)}: the key {words}", MEND)
+                pending.append((_Place(key, place), depth + 1, below))
         elif isinstance(value, list):
-            pending += [(f"{place}[{index}]", depth + 1, below) for index, below in enumerate(value)]
+            pending += [(_Place(index, place), depth + 1, below) for index, below in enumerate(value)]
 
 
 def _unusable(value: Any) -> str:
@@ -369,12 +401,12 @@ def _path(detail: ErrorDetails) -> list[str]:
     return [str(part) for part in detail["loc"] if part not in ("runHandler", "runCommand")]
 
 
-def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _texts(value: Any, place: _Place | None = None) -> Iterator[tuple[_Place | None, str]]:
     if isinstance(value, str):
-        yield _shown(path.lstrip(".")), value
+        yield place, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _texts(item, f"{path}.{key}")
+            yield from _texts(item, _Place(key, place))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _texts(item, f"{path}[{index}]")
+            yield from _texts(item, _Place(index, place))

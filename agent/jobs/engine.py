@@ -18,44 +18,20 @@ from agent.jobs import conditions, machine
 from agent.jobs.conversation import RETRY_S, Conversation
 from agent.jobs.document import parse
 from agent.jobs.machine import Effect, Event, Phase, Record
-from agent.jobs.operation import Operation
+from agent.jobs.operation import Job, Operation
 from agent.jobs.plan import plan
 from agent.logs import get_logger, redact
 from agent.store import Store, Tables
 
 HEARTBEAT_S = 50.0
 NEWS_INTERVAL_S = 2.0
+NOTICES_S = 0.2
 POLL_S = 600.0
 STORE_RETRY_S = 10.0
 KEPT_EXECUTIONS = 50
+BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""What a mistake in somebody else's code raises; the database's own errors are none of these and undo the transaction."""
 log = get_logger("jobs")
-
-
-class Job:
-    """The execution as its operation sees it.
-
-    `document` is validated; `progress` is what `save` kept before a restart, {} at first; `cancelled` is set when the
-    job should stop where it safely can (then raise FailedError("cancelled", …)).
-    """
-
-    def __init__(self, engine: Engine, record: Record) -> None:
-        self._engine = engine
-        self.id = record.job_id
-        self.execution_number = record.execution_number
-        self.document: Mapping[str, Any] = record.document
-        self.progress = record.progress
-        self.cancelled = asyncio.Event()
-        if record.cancelled or record.stop_requested:
-            self.cancelled.set()
-
-    async def save(self, progress: dict[str, Any], message: str, *, facts: Mapping[str, Any] | None = None) -> None:
-        """Keep `progress`, and `facts` in the same transaction; durable on return. The cloud is told in the background."""
-        await self._engine.keep_progress(progress, message, facts or {})
-        self.progress = progress
-
-    async def fresh_document(self) -> Mapping[str, Any]:
-        """The document asked for anew, with newly signed URLs. Raises CloudError or RefusedError."""
-        return await self._engine.fresh_document(self.id, self.execution_number)
 
 
 class Engine:
@@ -110,7 +86,7 @@ class Engine:
                 log.exception("a journal record can't be read and is not used", record=str(data)[:200])
                 continue
             log.info("going on with a job after a restart", job_id=record.job_id, phase=record.phase)
-            await self._step(record, machine.Restarted(time.time()))
+            await self._resume(record)
         self._cloud.wake.set()
         while True:
             with contextlib.suppress(TimeoutError):
@@ -119,11 +95,24 @@ class Engine:
             self._cloud.wake.clear()
             while await self._take_next():
                 pass
+            await asyncio.sleep(NOTICES_S)  # however many notifications come
+
+    async def _resume(self, record: Record) -> None:
+        """Go on with a record of the journal; the policy may have changed since it was made."""
+        if record.phase is Phase.RECEIVED:
+            try:
+                await self._judge(record.operation, record.document)
+            except RefusedError as error:
+                await self._step(record, machine.Done("REJECTED", _reason(error), time.time()))
+                return
+        elif record.phase is Phase.RUNNING and record.operation not in self._allow and record.progress:
+            record = replace(record, stop_requested=True)  # what it has begun is the operation's to take back
+        await self._step(record, machine.Restarted(time.time()))
 
     async def cancel(self, job_id: str) -> bool:
         """Ask the running job to stop where it safely can; False when it isn't the running one. Raises StoreError."""
         job = self._job
-        if job is None or job.id != job_id:
+        if job is None or job.id != job_id or self._current is None:
             return False
         job.cancelled.set()
         await self._change(lambda record: replace(record, stop_requested=True))
@@ -136,9 +125,11 @@ class Engine:
         log.info(message, job_id=record.job_id)
 
     async def _change(self, change: Callable[[Record], Record], facts: Mapping[str, Any] | None = None) -> Record:
-        """Change the running job's record, durably, together with `facts`. Raises StoreError."""
+        """Change the running job's record, durably, together with `facts`; not once it has ended. Raises StoreError."""
         async with self._changing:
             assert self._current is not None
+            if self._current.phase is not Phase.RUNNING:
+                return self._current
             record = change(self._current)
 
             def write(tables: Tables) -> None:
@@ -187,10 +178,6 @@ class Engine:
             operation, document = await self._accept(execution.document)
         except RefusedError as error:
             await self._step(record, machine.Done("REJECTED", _reason(error), time.time()))
-        except Exception as error:  # nothing that a document holds may end the engine
-            log.exception("a job document could not be judged", job_id=record.job_id)
-            refusal = RefusedError("bad_document", f"it can't be judged: {type(error).__name__}", "mend the document")
-            await self._step(record, machine.Done("REJECTED", _reason(refusal), time.time()))
         else:
             await self._follow(replace(record, operation=operation, document=document), Effect.ANNOUNCE)
         return True
@@ -198,18 +185,30 @@ class Engine:
     async def _accept(self, document: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
         """The operation and the document in our form, when policy and operation take it. Raises RefusedError."""
         operation, normal = parse(document)
+        await self._judge(operation, normal)
+        return operation, normal
+
+    async def _judge(self, operation: str, document: Mapping[str, Any]) -> None:
+        """Policy, conditions, and the operation's own check. Raises RefusedError."""
         if operation not in self._allow or operation not in self._operations:
             raise RefusedError(
                 "not_allowed",
                 f"operation {operation} is not allowed on this camera",
                 "allow it in agent.toml: jobs.allow",
             )
-        await asyncio.to_thread(self._check, self._operations[operation], normal)
-        return operation, normal
 
-    def _check(self, operation: Operation, document: Mapping[str, Any]) -> None:
-        conditions.check(document.get("conditions", ()), self._facts())
-        operation.check(document)
+        def check() -> None:
+            conditions.check(document.get("conditions", ()), self._facts())
+            self._operations[operation].check(document)
+
+        try:
+            await asyncio.to_thread(check)
+        except RefusedError:
+            raise
+        except Exception as error:  # nothing that a document holds may end the engine
+            log.exception("a job document could not be judged", operation=operation)
+            words = f"it can't be judged: {type(error).__name__}"
+            raise RefusedError("bad_document", words, "mend the document") from error
 
     async def plan(self, document: Any) -> dict[str, Any]:
         """See `agent.jobs.plan.plan`."""
@@ -262,25 +261,34 @@ class Engine:
             before = tables.job(record.job_id, record.execution_number) or {}
             _put(tables, record)
             tables.prune_jobs(KEPT_EXECUTIONS)
-            if self._on_ended and record.status and not before.get("status"):
-                self._on_ended(tables, _ended_facts(record))
+            if record.status and not before.get("status"):
+                self._tell_end(tables, record)
 
         while True:
             try:
-                await self._store.write(change)
+                async with self._changing:
+                    await self._store.write(change)
+                    self._current = record
                 break
             except StoreError as error:  # nothing may go on without its record, and nothing is lost by waiting
                 if error.code != "store_full":
                     raise
                 log.error("the journal can't be written, the job waits", job_id=record.job_id, reason=error.message)
                 await asyncio.sleep(STORE_RETRY_S)
-        self._current = record
+
+    def _tell_end(self, tables: Tables, record: Record) -> None:
+        """Let the end be told; a failure in the telling must not keep the end out of the journal."""
+        if self._on_ended:
+            try:
+                self._on_ended(tables, _ended_facts(record))
+            except BUGS:
+                log.exception("the end of a job could not be told", job_id=record.job_id)
 
     async def _perform(self, record: Record, effect: Effect) -> Event:
         match effect:
             case Effect.ANNOUNCE:
                 details = {"reason_code": "in_progress", "message": "accepted"}
-                return await self._cloud.tell(record, "IN_PROGRESS", details)
+                return await self._cloud.announce(record, details)
             case Effect.REPORT:
                 assert record.status is not None
                 return await self._cloud.tell(record, record.status, record.details)
@@ -293,9 +301,9 @@ class Engine:
 
     async def _run(self, record: Record) -> machine.Done:
         operation = self._operations.get(record.operation)
-        if operation is None:
-            return _done("FAILED", FailedError("not_allowed", f"operation {record.operation} is not known any more"))
-        self._job = job = Job(self, record)
+        if operation is None or (record.operation not in self._allow and not record.progress):
+            return _done("FAILED", FailedError("not_allowed", f"operation {record.operation} is not allowed any more"))
+        self._job = job = Job(record, self.keep_progress, self.fresh_document)
         reporter = asyncio.create_task(self._report_progress(), name=f"job {record.job_id} progress")
         try:
             details = await operation.run(job)
@@ -316,6 +324,8 @@ class Engine:
             async with self._absorbing:
                 reporter.cancel()
             await asyncio.wait({reporter})
+            if not reporter.cancelled() and (broken := reporter.exception()):
+                log.error("telling the progress broke", job_id=record.job_id, exc_info=broken)
 
     async def _report_progress(self) -> None:
         """While the operation runs: tell the cloud what it does, and notice when the cloud has cancelled it."""

@@ -86,7 +86,15 @@ class Record:
         Raises TypeError, ValueError or KeyError when it is not one.
         """
         known = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
-        return cls(**{**known, "phase": Phase(data["phase"])})
+        record = cls(**{**known, "phase": Phase(data["phase"])})
+        shapes = {
+            str: (record.job_id, record.operation, record.message),
+            int: (record.execution_number, record.version_number, record.starts),
+            dict: (record.document, record.progress, record.details),
+        }
+        if not all(isinstance(value, kind) for kind, values in shapes.items() for value in values):
+            raise TypeError("a value has another type than it was written with")
+        return record
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def _received(record: Record, event: Event) -> tuple[Record, Effect]:
         case Unclear():
             return record, Effect.DESCRIBE
         case Restarted():
-            return record, Effect.ANNOUNCE
+            return record, Effect.DESCRIBE
         case Done(status, details, at):
             return ended(record, status, details, at), Effect.REPORT
 
@@ -175,9 +183,9 @@ def _running(record: Record, event: Event) -> tuple[Record, Effect]:
             return replace(record, version_number=version), Effect.NOTHING
         case Seen(status, _) if status in TERMINAL:
             return replace(record, cancelled=status), Effect.STOP
-        case Seen(_, version):
+        case Seen("IN_PROGRESS", version):
             return replace(record, version_number=version), Effect.NOTHING
-        case Gone():
+        case Seen() | Gone():  # QUEUED: ours is gone, and somebody made another one of its name
             return replace(record, cancelled="REMOVED"), Effect.STOP
         case Unclear():
             return record, Effect.DESCRIBE
@@ -205,6 +213,8 @@ def _ended(record: Record, event: Event) -> tuple[Record, Effect]:
             return replace(record, phase=Phase.CLOSED, version_number=version), Effect.NOTHING
         case Seen(status, _) if status in TERMINAL:
             return _close(record, status), Effect.NOTHING
+        case Seen("QUEUED", _) if record.starts:  # somebody made another one of its name
+            return _close(record, "REMOVED"), Effect.NOTHING
         case Seen(_, version):
             return replace(record, version_number=version), Effect.REPORT
         case Gone():

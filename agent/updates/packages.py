@@ -44,8 +44,17 @@ class Packages:
         """Report now and whenever `changed` is set, until cancelled."""
         while True:
             self._changed.clear()
-            await self._bring(packages(self._versions()))
-            await self._changed.wait()
+            bringing = asyncio.create_task(self._bring(packages(self._versions())))
+            changed = asyncio.create_task(self._changed.wait())
+            try:
+                await asyncio.wait({bringing, changed}, return_when=asyncio.FIRST_COMPLETED)
+                if bringing.done():
+                    bringing.result()
+                    await changed
+            finally:
+                for task in (bringing, changed):
+                    task.cancel()
+                await asyncio.wait({bringing, changed})
 
     async def _bring(self, wanted: dict[str, Any]) -> None:
         known = await self._store.read(lambda t: t.fact(KNOWN, []))

@@ -136,7 +136,10 @@ judge() { # of one request: returns 0 when the file is whole, 1 to try again; en
       [[ $(header content-range "$answer") == "bytes */$size" ]] && return 0
       start_again
       return 1 ;;
-    0:*) return 0 ;;
+    0:200) return 0 ;;
+    0:206) ((resumed)) && return 0
+      fail 1 "download: $shown_url: HTTP 206 although the whole file was asked for" ;;
+    0:*) fail 1 "download: $shown_url: HTTP $http is no file" ;;
     22:408 | 22:425 | 22:429 | 22:5??) return 1 ;;
     22:401 | 22:403) fail 1 "download: $shown_url: HTTP $http; a presigned URL may have expired, or its role may not read the object: make the job again" ;;
     22:*) fail 1 "download: $shown_url: HTTP $http" ;;

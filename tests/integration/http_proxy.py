@@ -17,8 +17,8 @@ class HttpProxy:
 
     def __init__(self, credentials: tuple[str, str] | None = None) -> None:
         self.credentials = credentials
-        self.behaviour: Literal["tunnel", "refuse", "silent", "close", "swallow"] = "tunnel"
-        """tunnel; answer 403; never answer; close without an answer; open the tunnel but let nothing through."""
+        self.behaviour: Literal["tunnel", "refuse", "silent", "half", "close", "swallow"] = "tunnel"
+        """tunnel; answer 403; never answer; answer without an end; close without an answer; open the tunnel but let nothing through."""
         self.target: tuple[str, int] | None = None
         self.asked: list[tuple[str, bool]] = []
         """For each CONNECT the address asked for, and whether it brought credentials."""
@@ -61,6 +61,10 @@ class HttpProxy:
             if self.behaviour == "close":
                 return
             if self.behaviour == "silent":
+                await reader.read()
+                return
+            if self.behaviour == "half":
+                writer.write(b"HTTP/1.1 200 ok\r\n")
                 await reader.read()
                 return
             if self.behaviour == "refuse":

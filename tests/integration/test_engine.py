@@ -13,6 +13,7 @@ from agent.errors import FailedError, RefusedError, StoreError
 from agent.jobs import conversation
 from agent.jobs import engine as engine_module
 from agent.jobs.engine import Engine
+from agent.jobs.machine import Phase, Record
 from agent.store import Store
 from tests import skipping_loop
 from tests.fakes import TERMINAL, JobsService
@@ -22,7 +23,13 @@ DOCUMENT = {"version": "1.0", "operation": "restart"}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, value in {"RETRY_S": (0.01, 0.05), "HEARTBEAT_S": 0.02, "NEWS_INTERVAL_S": 0.0, "POLL_S": 0.05}.items():
+    for name, value in {
+        "RETRY_S": (0.01, 0.05),
+        "HEARTBEAT_S": 0.02,
+        "NEWS_INTERVAL_S": 0.0,
+        "POLL_S": 0.05,
+        "NOTICES_S": 0.0,
+    }.items():
         monkeypatch.setattr(engine_module, name, value)
     monkeypatch.setattr(conversation, "RETRY_S", (0.01, 0.05))
 
@@ -640,3 +647,146 @@ def test_a_job_that_ends_the_agent_each_time_is_given_up(tmp_path, monkeypatch):
         assert (cloud.status("a"), cloud.details("a")["reason_code"]) == ("FAILED", "restarted_too_often")
 
     in_no_time(tmp_path / "state.db", monkeypatch, scenario)
+
+
+async def test_a_mistake_in_telling_an_end_costs_neither_the_end_nor_the_engine(store):
+    cloud = JobsService()
+    told = []
+
+    def on_ended(tables, facts):
+        told.append(facts["status"])
+        raise TypeError("a bug in telemetry")
+
+    engine = Engine(store=store, jobs=cloud, operations={"restart": Work()}, allow=["restart"], on_ended=on_ended)
+    task = asyncio.create_task(engine.run())
+    try:
+        for job_id in ("a", "b"):
+            cloud.create(job_id, DOCUMENT)
+            engine.wake()
+            await closed(store, job_id)
+            assert cloud.status(job_id) == "SUCCEEDED"
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    assert told == ["SUCCEEDED", "SUCCEEDED"]
+
+
+async def test_each_end_is_told_once_with_what_the_cloud_made_of_it(store):
+    cloud, told = JobsService(), []
+    engine = Engine(
+        store=store,
+        jobs=cloud,
+        operations={"restart": Work()},
+        allow=["restart"],
+        on_ended=lambda tables, facts: told.append((facts["job_id"], facts["status"], facts["cloud_status"])),
+    )
+    task = asyncio.create_task(engine.run())
+    try:
+        cloud.create("good", DOCUMENT)
+        cloud.create("bad", {"version": "1.0", "operation": "format"})
+        engine.wake()
+        await closed(store, "good")
+        await closed(store, "bad")
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    assert told == [("good", "SUCCEEDED", "SUCCEEDED"), ("bad", "REJECTED", "REJECTED")]
+
+
+async def test_a_job_deleted_and_made_anew_under_its_name_is_another_job(store):
+    """While the first one runs: it is stopped, nothing is told of it, and the new one runs with its own document."""
+    cloud, began = JobsService(), asyncio.Event()
+    targets = []
+
+    async def act(job):
+        targets.append(job.document["target"])
+        if len(targets) == 1:
+            began.set()
+            await job.cancelled.wait()
+            raise FailedError("cancelled", "stopped")
+        return {"message": "done"}
+
+    cloud.create("J", {**DOCUMENT, "target": "first"})
+    async with running(store, cloud, Work(act)) as engine:
+        await began.wait()
+        cloud.end("J", "REMOVED")
+        cloud.create("J", {**DOCUMENT, "target": "second"})
+        engine.wake()
+        await until(lambda: cloud.status("J") == "SUCCEEDED")
+    assert targets == ["first", "second"]
+    assert [status for _, status, _ in cloud.updates if status != "IN_PROGRESS"] == ["SUCCEEDED"]
+
+
+async def test_made_anew_before_the_announcement_was_taken(store):
+    cloud, targets = JobsService(), []
+
+    async def act(job):
+        targets.append(job.document["target"])
+        return {"message": "done"}
+
+    cloud.create("J", {**DOCUMENT, "target": "first"})
+    replace = cloud.update
+
+    async def update(job_id, **changes):
+        if not targets and "first" in str(cloud.executions[("J", 1)]["document"]):
+            cloud.end("J", "REMOVED")
+            cloud.create("J", {**DOCUMENT, "target": "second"})
+            raise Rejected("RequestThrottled", "slow down", retryable=True, details={})
+        return await replace(job_id, **changes)
+
+    cloud.update = update
+    async with running(store, cloud, Work(act)):
+        await until(lambda: cloud.status("J") == "SUCCEEDED")
+    assert targets == ["second"]
+
+
+async def test_made_anew_before_its_end_could_be_told_it_blocks_nobody(store):
+    cloud = JobsService()
+    targets = []
+
+    async def act(job):
+        targets.append(job.document["target"])
+        if targets == ["first"]:
+            cloud.throttle = 3
+            cloud.end("J", "REMOVED")
+            cloud.create("J", {**DOCUMENT, "target": "second"})
+        return {"message": "done"}
+
+    cloud.create("J", {**DOCUMENT, "target": "first"})
+    async with running(store, cloud, Work(act)) as engine:
+        cloud.create("K", {**DOCUMENT, "target": "third"})
+        engine.wake()
+        await until(lambda: cloud.status("K") == cloud.status("J") == "SUCCEEDED")
+    assert sorted(targets) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(("phase", "starts", "status"), [("received", 0, "REJECTED"), ("running", 1, "FAILED")])
+async def test_a_policy_that_was_narrowed_holds_for_what_is_in_the_journal_too(store, phase, starts, status):
+    cloud, work = JobsService(), Work()
+    cloud.create("J", DOCUMENT, status="QUEUED" if phase == "received" else "IN_PROGRESS")
+    record = Record("J", 1, 1, Phase(phase), "restart", {"target": "agent"}, 0.0, queued_at=1.0, starts=starts)
+    await store.write(lambda t: t.put_job("J", 1, record.to_json(), finished=False))
+    async with running(store, cloud, work, allow=()):
+        assert (await closed(store, "J"))["status"] == status
+    assert work.runs == []
+    assert cloud.status("J") == status
+    assert cloud.details("J")["reason_code"] == "not_allowed"
+
+
+async def test_many_cancels_at_once_leave_one_end_in_the_journal(store):
+    cloud, began = JobsService(), asyncio.Event()
+
+    async def act(job):
+        began.set()
+        await job.cancelled.wait()
+        raise FailedError("cancelled", "stopped")
+
+    cloud.create("J", DOCUMENT)
+    async with running(store, cloud, Work(act)) as engine:
+        await began.wait()
+        await asyncio.gather(*(engine.cancel("J") for _ in range(10)))
+        record = await closed(store, "J")
+        assert (record["phase"], record["status"]) == ("closed", "FAILED")
+        for _ in range(20):
+            await store.read(lambda t: t.jobs())
+        assert (await journal(store, "J"))["phase"] == "closed"

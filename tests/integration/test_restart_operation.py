@@ -20,8 +20,12 @@ class Job:
         self.progress = progress
 
 
-def build(lock=None, instance="one"):
+def build(lock=None, instance="one", wrong=None):
     calls = []
+
+    def check_settings():
+        if wrong:
+            raise wrong
 
     async def restart_pipeline():
         calls.append("pipeline")
@@ -29,6 +33,7 @@ def build(lock=None, instance="one"):
     operation = Restart(
         instance=instance,
         restart_agent=lambda: calls.append("agent"),
+        check_settings=check_settings,
         targets={"pipeline": restart_pipeline},
         mutation_lock=lock or asyncio.Lock(),
     )
@@ -41,6 +46,25 @@ async def test_a_target_is_restarted_and_an_unknown_one_refused():
     assert calls == ["pipeline"]
     with pytest.raises(RefusedError, match="printer"):
         operation.check({"target": "printer"})
+
+
+async def test_a_restart_of_a_target_that_was_cut_is_not_done_twice():
+    operation, calls = build()
+    with pytest.raises(FailedError) as caught:
+        await operation.run(Job("pipeline", {"restarting": "pipeline"}))
+    assert caught.value.code == "interrupted"
+    assert calls == []
+
+
+async def test_an_agent_that_could_not_start_again_is_not_restarted():
+    wrong = RefusedError("settings_invalid", "the agent could not start again: agent.toml: …")
+    operation, calls = build(wrong=wrong)
+    with pytest.raises(RefusedError):
+        operation.check({"target": "agent"})
+    operation.check({"target": "pipeline"})
+    with pytest.raises(RefusedError):
+        await operation.run(Job("agent"))
+    assert calls == []
 
 
 async def test_the_agents_restart_is_proven_by_another_instance():

@@ -172,16 +172,20 @@ async def test_stopping_takes_ten_seconds_at_most_also_when_the_other_side_takes
         began = time.monotonic()
     assert time.monotonic() - began <= 12
     results = await asyncio.gather(*sending, return_exceptions=True)
-    assert {result.code for result in results if isinstance(result, CloudError)} == {"connection_lost", "offline"}
+    assert {result.code for result in results if isinstance(result, CloudError)} == {"connection_ended", "offline"}
 
 
 @pytest.mark.conformance("C-SDK-04")
 async def test_what_is_under_way_is_connection_lost_and_what_waits_is_offline(peer, session):
     peer.silent_kinds = {mqtt.PUBLISH}
     bound = connection_module.IN_FLIGHT
-    endings = [peer.cut, peer.close, lambda: peer.disconnect(0x87), lambda: peer.disconnect(0x8B)]
+    endings = {
+        "connection_lost": [peer.cut, peer.close, lambda: peer.disconnect(0x87)],
+        "connection_ended": [lambda: peer.disconnect(0x8B), lambda: peer.disconnect(0x8E)],
+    }
+    endings = [(code, end) for code, ends in endings.items() for end in ends]
     async with running(session):
-        for number, end in enumerate(endings, 1):
+        for number, (code, end) in enumerate(endings, 1):
             async with asyncio.timeout(20):
                 await session.wait_connected()
             sending = [asyncio.create_task(session.publish(f"t/{number}", b"%d" % n)) for n in range(bound + 30)]
@@ -190,7 +194,7 @@ async def test_what_is_under_way_is_connection_lost_and_what_waits_is_offline(pe
             results = await asyncio.gather(*sending, return_exceptions=True)
             assert all(isinstance(result, CloudError) and result.retryable for result in results)
             codes = [result.code for result in results]
-            assert codes == ["connection_lost"] * bound + ["offline"] * 30
+            assert codes == [code] * bound + ["offline"] * 30
             with pytest.raises(CloudError) as caught:
                 await session.publish("t", b"")
             assert caught.value.code == "offline"

@@ -344,3 +344,44 @@ class TestDisconnected:
         assert held_off
         assert min(held_off) >= 1.5
         assert Pace().taken_over_s >= 300
+
+
+async def test_a_server_that_acknowledges_nothing_any_more_is_left(peer, cloud, identity, monkeypatch):
+    monkeypatch.setattr("agent.cloud.connection.ACK_TIMEOUT_S", 1)
+    session = make_session(THING, cloud, identity)
+    async with running(session):
+        peer.silent_kinds = {mqtt.PUBLISH}
+        results = await asyncio.gather(*(session.publish("t", b"") for _ in range(3)), return_exceptions=True)
+        assert [result.code for result in results] == ["no_answer"] * 3
+        link = await link_where(session, lambda link: link.code == "no_answer")
+        assert "acknowledges no messages" in link.reason
+        peer.silent_kinds = set()
+        async with asyncio.timeout(20):
+            await session.wait_connected()
+        await session.publish("t", b"")
+
+
+async def test_subscriptions_that_are_never_answered_make_it_wait_longer_and_longer(peer, cloud, identity, monkeypatch):
+    """A CONNACK alone is no connection: neither does the back-off begin anew, nor the time off-line."""
+    monkeypatch.setattr("agent.cloud.connection.ACK_TIMEOUT_S", 1)
+    pace = Pace(shortest_s=0.01, longest_s=60, settled_s=0.5, between_connects_s=0)
+    peer.silent_kinds = {mqtt.SUBSCRIBE}
+    session = make_session(THING, cloud, identity, pace)
+    session.subscribe("a/b", lambda *_: None)
+    since = session.link.since
+    async with running(session, connected=False):
+        for _ in range(3):
+            link = await link_where(session, lambda link: link.state == "offline")
+            assert link.code == "no_answer"
+            assert "iot:Subscribe" in link.hint
+            assert link.since == since
+            attempts = session._history.attempts
+            link = await link_where(session, lambda link: link.state == "connecting")
+            assert link.code == "no_answer"
+            await link_where(session, lambda link: link.state == "offline")
+            assert session._history.attempts == attempts + 1
+        peer.silent_kinds = set()
+        async with asyncio.timeout(20):
+            await session.wait_connected()
+        assert session.link.code == ""
+        assert session.link.since > since

@@ -147,3 +147,20 @@ async def test_a_proxy_that_falls_silent_for_awscrt_only_does_not_hold_the_sessi
             proxy.behaviour = "tunnel"
             async with asyncio.timeout(20):
                 await session.wait_connected()
+
+
+async def test_a_proxy_that_never_ends_its_answer_costs_no_connection(peer, cloud, identity, monkeypatch):
+    monkeypatch.setattr("agent.cloud.proxy.ANSWER_TIMEOUT_S", 0.3)
+    async with HttpProxy() as proxy:
+        proxy.behaviour = "half"
+        session = make_session(THING, proxied(cloud, proxy.url()), identity)
+        async with running(session, connected=False):
+            link = await link_where(session, lambda link: link.code == "proxy")
+            assert "answer" in link.reason
+            async with asyncio.timeout(20):
+                while len(proxy.asked) < 5:
+                    await asyncio.sleep(0.05)
+            assert len(proxy._tasks) <= 1
+            proxy.behaviour = "tunnel"
+            async with asyncio.timeout(20):
+                await session.wait_connected()

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import jsonschema
@@ -382,7 +383,7 @@ def step(**changes):
         (step(allowStdErr=-1), "bad_document", "allowStdErr"),
         (step(input={"handler": "h", "args": ["${aws:iot:parameter:x}"]}), "placeholder_unresolved", "args[0]"),
         ({"version": "1.0", "operation": "update", "target": "p"}, "bad_document", "manifest: missing"),
-        ({"version": "1.0", "operation": "restart", "target": "x" * 40000}, "bad_document", "larger"),
+        ({"version": "1.0", "operation": "restart", "target": "x" * 100_000}, "bad_document", "larger"),
     ],
 )
 def test_refusals(document, code, said):
@@ -713,3 +714,23 @@ def test_the_order_of_versions_in_the_docs_is_true():
     for chain in said[1].split(", "):
         for one, other in itertools.pairwise(chain.split(" < ")):
             assert compare_versions(one, other) < 0
+
+
+def test_a_long_key_over_many_values_costs_no_more_memory_than_the_document():
+    bomb = {"version": "1.0", "steps": [], "\U0001f4a5" + "k" * 9_000: [0] * 10_000}
+    tracemalloc.start()
+    try:
+        with pytest.raises(RefusedError):
+            parse(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("user", ["${aws:iot:parameter:a}x", "x${aws:iot:parameter:a}", "${aws:iot:parameter:a"])
+def test_a_user_that_is_filled_in_by_half_is_nobody(user):
+    document = step(runAsUser=user)
+    with pytest.raises(RefusedError) as caught:
+        parse(document)
+    assert caught.value.code == "placeholder_unresolved"
+    assert parse(step(runAsUser="${aws:iot:parameter:a}"))[1]["steps"][0]["action"]["run_as_user"] == ""

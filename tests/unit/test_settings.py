@@ -4,6 +4,7 @@ import pytest
 
 from agent import settings
 from agent.errors import SettingsError
+from agent.settings import validate
 
 
 def load(tmp_path, text):
@@ -155,3 +156,27 @@ def test_every_key_says_what_it_means():
 
     walk(settings.Settings, ())
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "http://user:p[w@h",
+            "http://user:p#w@h",
+            "http://user:p?w@h",
+            "http://a..b:3128",
+            "http://#x",
+            "http://[::1",
+        ),
+        *("http://" + "x" * 64 + ".org:1", "https://h", "http://h/path", "h:3128", "http://h:99999"),
+    ],
+)
+def test_a_proxy_that_can_not_be_asked_is_refused_with_how_to_write_it(url):
+    with pytest.raises(SettingsError, match=r"cloud.proxy_url: give http://\[user:password@\]host"):
+        validate({"cloud": {"proxy_url": url}}, "agent.toml")
+
+
+@pytest.mark.parametrize("url", ["", "http://p:3128", "http://u:p%40w@proxy.example.com:3128/", "http://[::1]:3128"])
+def test_a_good_proxy(url):
+    assert validate({"cloud": {"proxy_url": url}}, "agent.toml").cloud.proxy_url == url

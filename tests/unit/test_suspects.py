@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cloud.suspects import ALONE_S, HELD_S, TIMES, Suspects
+from agent.cloud.suspects import ALONE_S, FORGOTTEN_S, HELD_S, TIMES, Suspects
 
 connections = itertools.count(1)
 
@@ -24,12 +24,12 @@ def test_many_messages_in_flight_at_one_loss_count_once():
 def test_three_losses_in_a_row_hold_a_topic_back_and_an_answer_forgives():
     suspects = Suspects()
     assert guilty(suspects, "bad") == [False, False, True]
-    assert suspects.held == ["bad"]
+    assert suspects.held(0.0) == ["bad"]
     assert suspects.wait_s("bad", 0.0) == HELD_S[0]
     assert suspects.wait_s("good", 0.0) == 0
     assert suspects.wait_s("bad", HELD_S[0]) == 0
     suspects.answered("bad")
-    assert suspects.held == []
+    assert suspects.held(0.0) == []
     assert guilty(suspects, "bad", times=2) == [False, False]
     assert suspects.wait_s("bad", 0.0) == 0
 
@@ -39,7 +39,7 @@ def test_an_answer_in_between_starts_the_count_anew():
     guilty(suspects, "shaky", times=2)
     suspects.answered("shaky")
     guilty(suspects, "shaky", times=2)
-    assert suspects.held == []
+    assert suspects.held(0.0) == []
 
 
 def test_suspects_are_tried_one_at_a_time_so_that_the_innocent_are_cleared():
@@ -53,7 +53,7 @@ def test_suspects_are_tried_one_at_a_time_so_that_the_innocent_are_cleared():
     suspects.lost("shadow", next(connections), now + 1)
     assert suspects.wait_s("jobs", now + 1) == 0
     suspects.answered("jobs")
-    assert suspects.held == ["shadow"]
+    assert suspects.held(now) == ["shadow"]
     assert suspects.wait_s("shadow", now + 1) == 2 * HELD_S[0]
 
 
@@ -76,7 +76,7 @@ def test_whatever_happens_nobody_waits_longer_than_the_longest_hold(steps):
             suspects.lost(topic, next(connections), now)
         else:
             suspects.answered(topic)
-            assert topic not in suspects.held
+            assert topic not in suspects.held(now)
 
 
 @pytest.mark.parametrize("losses", range(TIMES, 40))
@@ -84,3 +84,12 @@ def test_the_hold_doubles_up_to_an_hour(losses):
     suspects = Suspects()
     guilty(suspects, "bad", times=losses)
     assert suspects.wait_s("bad", 0.0) == min(HELD_S[0] * 2 ** (losses - TIMES), HELD_S[1])
+
+
+def test_a_topic_that_nobody_uses_any_more_is_forgotten():
+    suspects = Suspects()
+    for number in range(1000):
+        guilty(suspects, f"jobs/{number}/get")
+    assert len(suspects.held(0.0)) == 1000
+    assert suspects.held(FORGOTTEN_S + HELD_S[1]) == []
+    assert suspects._known == {}

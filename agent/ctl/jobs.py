@@ -28,17 +28,19 @@ BY_THE_CLOUD = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", prog=parser.prog, metavar="list|show|watch|cancel|plan")
-    listing = actions.add_parser("list", help="the latest jobs, the newest first (without an action: this)")
+
+    def action(word: str, does: str) -> ArgumentParser:
+        return actions.add_parser(word, help=does, description=f"{does[0].upper()}{does[1:]}.", epilog=parser.epilog)
+
+    listing = action("list", "the latest jobs, the newest first (without an action: this)")
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="how many [20]")
-    shown = actions.add_parser("show", help="one job with its details")
-    watched = actions.add_parser("watch", help="follow one job to its end; exit 11 unless it succeeds")
+    shown = action("show", "one job with its details")
+    watched = action("watch", "follow one job to its end; exit 11 unless it succeeds")
     watched.add_argument("--timeout", type=seconds, metavar="S", help="give up after this time, exit 6 [never]")
-    cancelled = actions.add_parser("cancel", help="ask a running job to stop where it safely can")
+    cancelled = action("cancel", "ask a running job to stop where it safely can")
     for command in (shown, watched, cancelled):
         command.add_argument("id", type=name, metavar="ID", help="the job's id")
-    planned = actions.add_parser(
-        "plan", help="what this camera would do with a job document; exit 11 if it would refuse"
-    )
+    planned = action("plan", "what this camera would do with a job document; exit 11 if it would refuse")
     planned.add_argument(
         "file", type=name, metavar="FILE", help="the document, as it is given to the cloud; - for standard input"
     )

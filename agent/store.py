@@ -24,6 +24,13 @@ from agent.logs import get_logger
 T = TypeVar("T")
 PASSING = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC")
 """What goes by when there is room on the disk again; anything else needs the file to be opened anew."""
+CHECK_THE_DISK = "check free space and the health of the disk it is on"
+MESSAGES = (
+    "SELECT id, priority, topic, payload, created_at, losses, failures FROM outbox"
+    " WHERE id NOT IN (SELECT value FROM json_each(:without))"
+    " AND topic NOT IN (SELECT value FROM json_each(:without_topics)) AND "
+)
+PAUSE_IS_OVER = ":now - CASE wait_boot_id WHEN :boot_id THEN wait_from ELSE 0 END >= wait_s"
 log = get_logger("store")
 
 MIGRATIONS = (
@@ -47,7 +54,6 @@ MIGRATIONS = (
     """
     ALTER TABLE outbox ADD COLUMN clock_believed INTEGER NOT NULL DEFAULT 1;
     ALTER TABLE outbox ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE outbox ADD COLUMN refusals INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE outbox ADD COLUMN failures INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE outbox ADD COLUMN wait_s REAL NOT NULL DEFAULT 0;
     ALTER TABLE outbox ADD COLUMN wait_boot_id TEXT NOT NULL DEFAULT '';
@@ -63,7 +69,7 @@ MIGRATIONS = (
 class Message:
     """A queued message: `priority` 0 goes before 1; `created_at` is in epoch seconds.
 
-    How often it was in flight when the connection ended, was refused for good, and was refused or unanswered for now.
+    How often it was in flight when the connection ended, and was refused or unanswered for now.
     """
 
     id: int
@@ -72,7 +78,6 @@ class Message:
     payload: bytes
     created_at: float
     losses: int = 0
-    refusals: int = 0
     failures: int = 0
 
 
@@ -116,7 +121,7 @@ class Tables:
             "SELECT record FROM jobs WHERE finished = ifnull(?, finished) ORDER BY rowid DESC LIMIT ?",
             (finished, limit),
         )
-        return [json.loads(row[0]) for row in rows]
+        return [record for (text,) in rows if (record := _record(text)) is not None]
 
     def job(self, job_id: str, execution_number: int | None = None) -> dict[str, Any] | None:
         """The record of one execution; of the latest one when no number is given."""
@@ -125,7 +130,7 @@ class Tables:
             " ORDER BY execution_number DESC LIMIT 1",
             (job_id, execution_number),
         ).fetchone()
-        return json.loads(row[0]) if row else None
+        return _record(row[0]) if row else None
 
     def prune_jobs(self, keep: int) -> None:
         """Forget all but the latest `keep` finished executions."""
@@ -144,42 +149,61 @@ class Tables:
         )
         return int(cursor.lastrowid or 0)
 
-    def queued(self, *, limit: int, after: int = 0, without: Collection[int] = ()) -> list[Message]:
+    def queued(
+        self, *, limit: int, after: int = 0, without: Collection[int] = (), without_topics: Collection[str] = ()
+    ) -> list[Message]:
         """Messages with `after` < id that nothing went wrong with, by priority, then the oldest first."""
-        rows = self._sql.execute(
-            "SELECT id, priority, topic, payload, created_at, losses, refusals, failures FROM outbox WHERE id > ? AND losses + refusals + failures = 0"
-            " AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY priority, id LIMIT ?",
-            (after, json.dumps(list(without)), limit),
+        return self._messages(
+            "id > :after AND losses + failures = 0 ORDER BY priority, id LIMIT :limit",
+            without,
+            without_topics,
+            after=after,
+            limit=limit,
         )
-        return [Message(*row) for row in rows]
 
-    def backlog(self, *, up_to: int, without: Collection[int] = ()) -> Message | None:
+    def backlog(
+        self, *, up_to: int, without: Collection[int] = (), without_topics: Collection[str] = ()
+    ) -> Message | None:
         """The next message with id <= `up_to`, or that something went wrong with and whose pause is over.
 
         By priority; within one those that were in flight when the connection ended come last, the least often first.
         """
-        row = self._sql.execute(
-            "SELECT id, priority, topic, payload, created_at, losses, refusals, failures FROM outbox"
-            " WHERE (id <= :up_to OR losses + refusals + failures > 0)"
-            " AND :now - CASE wait_boot_id WHEN :boot_id THEN wait_from ELSE 0 END >= wait_s"
-            " AND id NOT IN (SELECT value FROM json_each(:without)) ORDER BY priority, losses, id LIMIT 1",
+        found = self._messages(
+            f"(id <= :up_to OR losses + failures > 0) AND {PAUSE_IS_OVER} ORDER BY priority, losses, id LIMIT 1",
+            without,
+            without_topics,
+            up_to=up_to,
+        )
+        return found[0] if found else None
+
+    def probe(self, topic: str) -> Message | None:
+        """The message to try a topic with: of those whose pause is over, the oldest that the least went wrong with."""
+        found = self._messages(
+            f"topic = :topic AND {PAUSE_IS_OVER} ORDER BY losses + failures, id LIMIT 1", topic=topic
+        )
+        return found[0] if found else None
+
+    def _messages(
+        self, condition: str, without: Collection[int] = (), without_topics: Collection[str] = (), **values: Any
+    ) -> list[Message]:
+        rows = self._sql.execute(
+            MESSAGES + condition,
             {
-                "up_to": up_to,
                 "without": json.dumps(list(without)),
+                "without_topics": json.dumps(list(without_topics)),
                 "now": time.monotonic(),
                 "boot_id": boot_id(),
+                **values,
             },
-        ).fetchone()
-        return Message(*row) if row else None
+        )
+        return [Message(*row) for row in rows]
 
-    def postpone(
-        self, message_id: int, *, wait_s: float, losses: int = 0, refusals: int = 0, failures: int = 0
-    ) -> None:
+    def postpone(self, message_id: int, *, wait_s: float, losses: int = 0, failures: int = 0) -> None:
         """Count what went wrong with a message, and let it wait from now on; after a reboot, from the boot on."""
         self._sql.execute(
-            "UPDATE outbox SET losses = losses + ?, refusals = refusals + ?, failures = failures + ?,"
+            "UPDATE outbox SET losses = losses + ?, failures = failures + ?,"
             " wait_s = ?, wait_boot_id = ?, wait_from = ? WHERE id = ?",
-            (losses, refusals, failures, wait_s, boot_id(), time.monotonic(), message_id),
+            (losses, failures, wait_s, boot_id(), time.monotonic(), message_id),
         )
 
     def newest_queued(self) -> int:
@@ -282,8 +306,10 @@ class Store:
         store = cls(path)
         try:
             await store._call(store._open)
-        except BaseException:
+        except BaseException as error:
             store._thread.shutdown(wait=False)
+            if isinstance(error, OSError):
+                raise StoreError("store_failed", f"{path}: {error}", CHECK_THE_DISK) from error
             raise
         return store
 
@@ -311,9 +337,7 @@ class Store:
             return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
         except sqlite3.Error as error:
             code = "store_full" if error.sqlite_errorname in PASSING else "store_failed"
-            raise StoreError(
-                code, f"{self.path}: {error}", "check free space and the health of the disk it is on"
-            ) from error
+            raise StoreError(code, f"{self.path}: {error}", CHECK_THE_DISK) from error
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,8 +355,18 @@ class Store:
             self._sql = self._connect()
 
     def _connect(self) -> sqlite3.Connection:
+        try:
+            return self._connect_as("NORMAL")
+        except sqlite3.OperationalError as error:
+            # The log's index is a file of its own, which a full disk has no room for; for one process alone it is in memory.
+            connection = self._connect_as("EXCLUSIVE")
+            log.warning("state.db is open for this process alone: its disk is full or faulty", reason=str(error))
+            return connection
+
+    def _connect_as(self, locking_mode: str) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
+            connection.execute(f"PRAGMA locking_mode = {locking_mode}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -355,3 +389,15 @@ def _check_tables(connection: sqlite3.Connection) -> None:
     missing = {"facts", "jobs", "outbox", "audit"} - found
     if missing:
         raise sqlite3.DatabaseError(f"no table {', '.join(sorted(missing))}")
+
+
+def _record(text: str) -> dict[str, Any] | None:
+    """A job's record; None for one that the disk has damaged."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if isinstance(record, dict):
+        return record
+    log.error("a journal record can't be read and is not used", record=text[:200])
+    return None

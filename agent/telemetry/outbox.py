@@ -1,18 +1,22 @@
 """The disk queue of everything that is published: in it before it is sent, out of it once the cloud has acknowledged it.
 
-What is made while connected goes first; what waited from before the connect drains beside it at a bounded rate, in order.
-Events and the truths about jobs go before reports. Beyond its bounds the queue drops the oldest of the least important
-messages, counts them and says so; a quarter of its bytes is the reports', so that a flood of events can't take all of it.
+What is made while connected goes at once; what waited from before the connect drains beside it at a bounded rate, in the
+order of its topic. Events and the truths about jobs go before reports. Beyond its bounds the queue drops the oldest of the
+least important messages, counts them and says so; a quarter of its bytes is the reports', so that a flood of events can't
+take all of it.
 
-A message that seems to end the connection is sent alone, and after three times put into quarantine: the others flow, and
-it is tried again at growing pauses, because on a bad link three times can be bad luck.
+No topic stops another: one that fails pauses, and is then tried with one message at a time. A message that seems to end
+the connection is sent alone, and after three times put into quarantine: it is tried again at growing pauses, because on a
+bad link three times can be bad luck.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agent.errors import CloudError, StoreError
@@ -24,17 +28,40 @@ from agent.store import Message, Store, Tables
 EVENT = JOB = 0
 REPORT = 1
 SHARES = {EVENT: 0.75, REPORT: 0.25}
-BATCH = 16
+IN_FLIGHT = 16
+OF_BACKLOG = OF_TOPIC = 8
+"""Messages in flight above which nothing of the backlog, and nothing more to the same topic, is sent."""
 LOSSES = 3
 QUARANTINE_S = 3600.0
-REFUSALS = 3
-REFUSED_S = (60.0, 600.0)
 FAILED_S = (2.0, 300.0)
-LONGEST_PAUSE_S = 60.0
 LOOK_S = 60.0
+LINK_PAUSE_S = 1.0
 STORE_RETRY_S = (5.0, 60.0)
 NOTHING_IS_LIVE = 2**62
+LINK_CODES = ("offline", "connection_ended", "connection_lost")
+"""What says nothing about the topic; of these, only the last may be the message's doing."""
+NOT_ITS_DOING = ("offline", "connection_ended", "messages_held")
+"""What does not count as a failure of the message."""
 log = get_logger("outbox")
+
+
+@dataclass
+class _Topic:
+    """What the answers so far say of a topic: `answers` when messages to it are acknowledged.
+
+    After a failure nothing is sent to it until `paused_until`, in seconds of the loop, and then one message.
+    """
+
+    in_flight: int = 0
+    answers: bool = False
+    failures: int = 0
+    paused_until: float = 0.0
+
+    def has_room(self) -> bool:
+        return not self.failures and self.in_flight < (OF_TOPIC if self.answers else 1)
+
+    def is_due(self, now: float) -> bool:
+        return self.failures > 0 and self.paused_until <= now and not self.in_flight
 
 
 class Publish(Protocol):
@@ -54,14 +81,15 @@ class Outbox:
         self._publish = publish
         self._wait_online = wait_online
         self._boundary = NOTHING_IS_LIVE
-        self._fresh = asyncio.Event()
-        self._waiting = asyncio.Event()
-        self._choosing = asyncio.Lock()
-        self._chosen: frozenset[int] = frozenset()
-        """Messages that are being sent, or are acknowledged and not out of the queue yet; replaced, never changed."""
+        self._look = asyncio.Event()
+        self._turn = asyncio.Lock()
+        """Held while the next message is chosen and while an outcome is written: a full disk stops sending."""
+        self._chosen: set[int] = set()
+        """Messages that are being sent, or are acknowledged and not out of the queue yet; added on the store's thread."""
+        self._topics: defaultdict[str, _Topic] = defaultdict(_Topic)
         self._in_flight = 0
-        self._alone = False
-        self._landed = asyncio.Event()
+        self._backlog_from = self._link_from = 0.0
+        """Times of the loop before which nothing of the backlog, and nothing at all, is sent."""
         self._not_kept = 0
 
     async def put(self, kind: str, priority: int, topic: str, render: Callable[[int], bytes]) -> int:
@@ -108,9 +136,7 @@ class Outbox:
 
     def announce_fresh(self) -> None:
         """There is something new in the queue."""
-        self._fresh.set()
-        if self._boundary == NOTHING_IS_LIVE:
-            self._waiting.set()
+        self._look.set()
 
     async def status(self) -> dict[str, Any]:
         """What waits and what was lost.
@@ -130,7 +156,12 @@ class Outbox:
                 "dropped_by_reason": tables.fact("outbox.dropped_by_reason", {}),
             }
 
-        return await self._store.read(query)
+        status = await self._store.read(query)
+        if missed := self._not_kept:  # the disk is full at present, so it can't be counted there
+            status["dropped"] += missed
+            by_reason = status["dropped_by_reason"]
+            by_reason["not_kept"] = by_reason.get("not_kept", 0) + missed
+        return status
 
     async def connected(self) -> None:
         """Called after each connect: what is queued now is backlog, what comes is live."""
@@ -139,53 +170,69 @@ class Outbox:
         try:
             self._boundary = await self._store.read(lambda t: t.newest_queued())
         finally:
-            self._fresh.set()
-            self._waiting.set()
+            self._look.set()
 
     async def run(self) -> None:
         """Send until cancelled."""
+        self._topics.clear()
+        self._chosen.clear()
+        self._in_flight = 0
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._send_live(), name="outbox live")
-            group.create_task(self._send_waiting(), name="outbox backlog")
+            while True:
+                await self._until_online()
+                await asyncio.sleep(self._link_from - asyncio.get_running_loop().time())
+                self._look.clear()
+                message = await self._choose()
+                if message is None:
+                    await self._rest()
+                elif message.losses:
+                    await self._send_alone(message)
+                else:
+                    group.create_task(self._send(message))
 
-    async def _send_live(self) -> None:
-        while True:
-            await self._until_online()
-            self._fresh.clear()
-            async with self._choose(self._next_live) as batch:
-                answered = not batch or await self._send(batch)
-            if not answered:
-                await asyncio.sleep(1)
-            elif not batch:
-                await self._fresh.wait()
+    async def _choose(self) -> Message | None:
+        """The message to send now, which then counts as in flight."""
+        async with self._turn:
+            now = asyncio.get_running_loop().time()
+            backlog = self._backlog_from <= now and self._in_flight < OF_BACKLOG
+            due = [name for name, topic in self._topics.items() if backlog and topic.is_due(now)]
+            without = [name for name, topic in self._topics.items() if not topic.has_room()]
+            done_with: list[str] = []
 
-    async def _send_waiting(self) -> None:
-        """The backlog, and what has to be sent again."""
-        loop, spacing = asyncio.get_running_loop(), 1 / self._settings.backlog_per_s
-        while True:
-            await self._until_online()
-            self._waiting.clear()
-            async with self._choose(self._next_waiting) as batch:
-                alone = any(message.losses for message in batch)
-                began = loop.time()
-                answered = not batch or await self._send(batch, alone=alone)
-            if not answered:
-                await asyncio.sleep(max(spacing, min(_wait_s(batch[0].failures), LONGEST_PAUSE_S)))
-            elif batch:
-                await asyncio.sleep(spacing if alone else began + spacing - loop.time())
-            elif self._boundary == NOTHING_IS_LIVE:
-                await self.connected()
-            else:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_S):
-                        await self._waiting.wait()
+            def query(tables: Tables) -> Message | None:
+                message = None
+                for name in due:
+                    if message := tables.probe(name):
+                        break
+                    done_with.append(name)
+                if backlog and not message:
+                    message = tables.backlog(up_to=self._boundary, without=self._chosen, without_topics=without)
+                if self._in_flight < IN_FLIGHT and not message:
+                    live = tables.queued(limit=1, after=self._boundary, without=self._chosen, without_topics=without)
+                    message = live[0] if live else None
+                if message:
+                    self._chosen.add(message.id)
+                return message
 
-    def _next_live(self, tables: Tables) -> list[Message]:
-        return tables.queued(limit=BATCH, after=self._boundary, without=self._chosen)
+            message = await self._store.read(query)
+            for name in done_with:
+                del self._topics[name]
+        if message:
+            self._in_flight += 1
+            self._topics[message.topic].in_flight += 1
+            if message.id <= self._boundary or _went_wrong(message) or message.topic in due:
+                self._backlog_from = now + 1 / self._settings.backlog_per_s
+        elif backlog and self._boundary == NOTHING_IS_LIVE:
+            await self.connected()
+        return message
 
-    def _next_waiting(self, tables: Tables) -> list[Message]:
-        message = tables.backlog(up_to=self._boundary, without=self._chosen)
-        return [message] if message else []
+    async def _rest(self) -> None:
+        """Until there may be something to send."""
+        now = asyncio.get_running_loop().time()
+        times = [self._backlog_from, *(topic.paused_until for topic in self._topics.values() if topic.failures)]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min([LOOK_S, *(at - now for at in times if at > now)])):
+                await self._look.wait()
 
     async def _until_online(self) -> None:
         """Wait for the session; when it was not up, what is queued is backlog until `connected` says where that ends."""
@@ -196,74 +243,73 @@ class Outbox:
             self._boundary = NOTHING_IS_LIVE
             await self._wait_online()
 
-    @contextlib.asynccontextmanager
-    async def _choose(self, query: Callable[[Tables], list[Message]]) -> AsyncIterator[list[Message]]:
-        """Messages that nobody else sends for the time of the block."""
-        async with self._choosing:
-            batch = await self._store.read(query)
-            ids = frozenset(message.id for message in batch)
-            self._chosen |= ids
+    async def _send_alone(self, message: Message) -> None:
+        while self._in_flight > 1:
+            self._look.clear()
+            await self._look.wait()
+        self._backlog_from = asyncio.get_running_loop().time() + 1 / self._settings.backlog_per_s
+        await self._send(message)
+
+    async def _send(self, message: Message) -> None:
+        """Send, and keep what became of it."""
+        error: CloudError | None = None
         try:
-            yield batch
+            try:
+                await self._publish(message.topic, message.payload)
+            except CloudError as failure:
+                error = failure
+            async with self._turn:
+                newest = await self._keep(message, error)
+                self._judge(message, error, newest)
         finally:
-            self._chosen -= ids
+            self._in_flight -= 1
+            self._topics[message.topic].in_flight -= 1
+            self._chosen.discard(message.id)
+            self._look.set()
 
-    @contextlib.asynccontextmanager
-    async def _flight(self, count: int, *, alone: bool) -> AsyncIterator[None]:
-        """Beside the others, or with nothing else in flight."""
-        while self._alone or (alone and self._in_flight):
-            self._landed.clear()
-            await self._landed.wait()
-        self._alone = alone
-        self._in_flight += count
-        try:
-            yield
-        finally:
-            self._in_flight -= count
-            self._alone = False
-            self._landed.set()
+    def _judge(self, message: Message, error: CloudError | None, newest: int) -> None:
+        """What the outcome says of the topic, and of the connection. `newest`: the message queued last."""
+        topic, loop = self._topics[message.topic], asyncio.get_running_loop()
+        topic.answers = error is None
+        if error is None:
+            if topic.failures:  # what came during the pause has waited, so it is backlog
+                self._boundary = max(self._boundary, newest)
+            topic.failures = 0
+        elif error.code in LINK_CODES:
+            self._link_from = loop.time() + LINK_PAUSE_S
+        elif topic.paused_until <= loop.time():  # else the pause is for those that were in flight with this one, too
+            topic.failures += 1
+            topic.paused_until = loop.time() + _wait_s(topic.failures - 1)
+            loop.call_later(_wait_s(message.failures), self._look.set)
+            if topic.failures == 1:
+                log.warning("messages to a topic wait", topic=message.topic, code=error.code, reason=error.message)
 
-    async def _send(self, batch: list[Message], *, alone: bool = False) -> bool:
-        """Send, and keep what became of each; whether all were answered for good."""
-        async with self._flight(len(batch), alone=alone):
-            errors = await asyncio.gather(*(self._send_one(message) for message in batch))
-        outcomes = list(zip(batch, errors, strict=True))
-
-        def change(tables: Tables) -> None:
-            for message, error in outcomes:
-                _settle(tables, message, error)
-
-        await self._keep(change)
-        answered = not any(error and error.retryable for error in errors)
-        if not answered:
-            longest = max(_wait_s(message.failures) for message in batch)
-            asyncio.get_running_loop().call_later(longest, self._waiting.set)
-        return answered
-
-    async def _keep(self, change: Callable[[Tables], None]) -> None:
+    async def _keep(self, message: Message, error: CloudError | None) -> int:
         """Write, once there is room: to send more of what can't be taken out would only make duplicates."""
+
+        def change(tables: Tables) -> int:
+            _settle(tables, message, error)
+            return tables.newest_queued()
+
         pause = STORE_RETRY_S[0]
         while True:
             try:
                 return await self._store.write(change)
-            except StoreError as error:
-                if error.code != "store_full":
+            except StoreError as failure:
+                if failure.code != "store_full":
                     raise
                 if pause == STORE_RETRY_S[0]:
-                    log.error("the outbox can't be written, sending waits", reason=error.message, hint=error.hint)
+                    log.error("the outbox can't be written, sending waits", reason=failure.message, hint=failure.hint)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, STORE_RETRY_S[1])
 
-    async def _send_one(self, message: Message) -> CloudError | None:
-        try:
-            await self._publish(message.topic, message.payload)
-        except CloudError as error:
-            return error
-        return None
+
+def _went_wrong(message: Message) -> bool:
+    return message.losses + message.failures > 0
 
 
 def _wait_s(failures: int) -> float:
-    """Seconds until a message is sent again that was refused or unanswered for now, `failures` times before."""
+    """Seconds until a message or a topic is tried again that failed for now, `failures` times before."""
     return min(FAILED_S[0] * 2.0 ** min(failures, 20), FAILED_S[1])
 
 
@@ -284,19 +330,13 @@ def _settle(tables: Tables, message: Message, error: CloudError | None) -> None:
                 hint="check that the certificate's policy allows its topic; it is tried again, alone, at growing pauses",
             )
     elif error.retryable:
-        if error.code != "offline":
+        if error.code not in NOT_ITS_DOING:
             tables.postpone(message.id, wait_s=_wait_s(message.failures), failures=1)
     else:
-        refusals = message.refusals + 1
-        dropped = refusals >= REFUSALS
-        log.warning(
-            "a message was refused", topic=message.topic, code=error.code, reason=error.message, dropped=dropped
-        )
-        if dropped:
-            tables.dequeue([message.id])
-            _count_dropped(tables, {"refused": 1})
-        else:
-            tables.postpone(message.id, wait_s=REFUSED_S[message.refusals], refusals=1)
+        # Never sent again as it is; its topic pauses, so that a policy that is mended costs a few messages only.
+        log.warning("a message was refused", topic=message.topic, code=error.code, reason=error.message)
+        tables.dequeue([message.id])
+        _count_dropped(tables, {"refused": 1})
 
 
 def _count_dropped(tables: Tables, counts: dict[str, int]) -> None:

@@ -1,8 +1,11 @@
 """state.db: transactions, durability across kill -9, damage, bounds of the queue."""
 
 import asyncio
+import contextlib
+import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 
@@ -242,4 +245,136 @@ async def test_a_file_of_the_first_version_is_migrated_with_all_that_waits(tmp_p
     (message,) = await store.read(lambda t: t.queued(limit=9))
     assert (message.payload, message.losses) == (b"x", 0)
     assert (await store.read(lambda t: t.queue_size())).bytes == 162
+    await store.close()
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """A file system of one MiB."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(path):
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def put(n):
+    """A change too big to find room in a page that is there already."""
+    return lambda tables: tables.enqueue("t", b"%d" % n + bytes(9000), priority=1)
+
+
+async def numbers(store):
+    return [int(m.payload.rstrip(b"\0")) for m in await store.read(lambda t: t.queued(limit=99))]
+
+
+async def failing(store, change):
+    """The code of the error with which a write failed."""
+    try:
+        await store.write(change)
+    except StoreError as error:
+        return error.code
+    return None
+
+
+PUTTER = """
+import asyncio, sys
+from pathlib import Path
+from agent.store import Store
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    for n in range(5):
+        await store.write(lambda t: t.enqueue("t", b"%d" % n + bytes(9000), priority=1))
+    if sys.argv[2] == "close":
+        await store.close()
+    print("done", flush=True)
+    if sys.argv[2] == "kill -9":
+        await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a small file system")
+@pytest.mark.parametrize("end", ["close", "kill -9"])
+@pytest.mark.parametrize("filled", ["after the end", "before the end"])
+async def test_a_disk_that_is_full_at_the_start_is_survived_whatever_ended_the_agent(tmp_path, end, filled):
+    with small_disk(tmp_path / "disk") as disk:
+        path, filler = disk / "state.db", disk / "filler"
+        before = await Store.open(path)
+        await before.write(lambda t: t.set_fact("a", 1))
+        if filled == "before the end" and end == "close":
+            for n in range(5):
+                await before.write(put(n))
+            await asyncio.to_thread(fill, filler)
+            await before.close()
+        else:
+            await before.close()
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", PUTTER, str(path), end, stdout=asyncio.subprocess.PIPE
+            )
+            assert await child.stdout.readline() == b"done\n"
+            if filled == "before the end":
+                await asyncio.to_thread(fill, filler)
+            if end == "kill -9":
+                child.kill()
+            await child.communicate()
+            await asyncio.to_thread(fill, filler)
+        starts, kept = 3, 5
+        for _ in range(starts):
+            store = await Store.open(path)
+            assert store.quarantined is None
+            assert await store.read(lambda t: t.fact("a")) == 1
+            while (code := await failing(store, put(kept))) is None:
+                kept += 1
+            assert code == "store_full"
+            assert await numbers(store) == list(range(kept))
+            await store.close()
+            await asyncio.to_thread(fill, filler)
+        store = await Store.open(path)
+        filler.unlink()
+        for n in range(kept, kept + 5):
+            await store.write(put(n))
+        await store.close()
+        store = await Store.open(path)
+        assert await numbers(store) == list(range(kept + 5))
+        await store.close()
+        print(f"{starts} starts on a full disk tried after {end}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a small file system")
+async def test_a_disk_without_room_for_a_first_file_and_one_that_is_read_only_are_clear_errors(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        await asyncio.to_thread(fill, disk / "filler")
+        with pytest.raises(StoreError) as caught:
+            await Store.open(disk / "state.db")
+        assert caught.value.code == "store_full"
+        (disk / "filler").unlink()
+        store = await Store.open(disk / "state.db")
+        await store.close()
+        await asyncio.to_thread(subprocess.run, ["mount", "-o", "remount,ro", disk], check=True)
+        for path in (disk / "state.db", disk / "folder" / "state.db"):
+            with pytest.raises(StoreError) as caught:
+                await Store.open(path)
+            assert caught.value.hint
+            assert str(path.parent) in caught.value.message
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", "[]", '{"job_id": "a"', "\x00"])
+async def test_a_damaged_record_of_a_job_is_left_out_and_the_others_are_there(tmp_path, damage):
+    path = tmp_path / "state.db"
+    store = await Store.open(path)
+    for name in ("a", "b"):
+        await store.write(lambda t, name=name: t.put_job(name, 1, {"job_id": name}, finished=False))
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE jobs SET record = ? WHERE job_id = 'a'", (damage,))
+    store = await Store.open(path)
+    assert await store.read(lambda t: t.jobs(finished=False)) == [{"job_id": "b"}]
+    assert await store.read(lambda t: t.job("a", 1)) is None
     await store.close()

@@ -52,15 +52,16 @@ class JobsClient:
     def on_notify_next(self, callback: Callable[[Execution | None], None]) -> None:
         """Call `callback` on the event loop with the next pending execution, None when there is none.
 
-        A notification may be lost, late, repeated or about the job at work: treat it as a hint to describe.
+        A notification may be lost, late, repeated, about the job at work, or not readable (then None): treat it as a hint
+        to describe.
         """
 
         def handle(_: str, payload: bytes) -> None:
             try:
                 execution = parse_execution(json.loads(payload).get("execution"))
             except (ValueError, AttributeError, RecursionError):
-                seldom.warning("ignored a malformed job notification", bytes=len(payload))
-                return
+                seldom.warning("can't read a job notification, asking", bytes=len(payload))
+                execution = None
             callback(execution)
 
         self._session.subscribe(topics.jobs_notify_next(self._thing), handle)

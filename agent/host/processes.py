@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import errno
 import os
 import signal
 import threading
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+REAP_S = 5.0
 TERMINATION_GRACE_S = 5.0
 KILL_PATIENCE_S = 10.0
 """How long SIGKILL may take; a process that hangs in the kernel can't be waited for."""
@@ -19,6 +22,11 @@ POLL_S = 0.5
 MARK = "CAMERA_AGENT_RUN"
 """The environment variable by which a program's descendants are found wherever they have gone."""
 UMASK = 0o022
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+
+
+class NotStartedError(OSError):
+    """A program can't be started; nothing of it runs."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,15 @@ class Output:
 class Result:
     """How a program ended: `exit_code`, or the number of the `signal` that killed it; never both.
 
-    Neither when it hangs in the kernel and could not be killed within its time limit; then it has `timed_out`.
+    Neither when it could not be killed after its time limit, because it hangs in the kernel or because the kernel doesn't
+    allow it; then it has `timed_out`. `duration_s` is until nothing was left to be waited for, `limit_s` what was allowed.
     """
 
     exit_code: int | None
     signal: int | None
     timed_out: bool
     duration_s: float
+    limit_s: float
     stdout: Output
     stderr: Output
 
@@ -69,9 +79,10 @@ class Result:
         return self.exit_code == 0 and not self.timed_out
 
     def describe(self) -> str:
-        """The end in words: `exit status 3`, `killed by SIGSEGV`, `no end within 60 s`."""
+        """The end in words: `exit status 3`, `killed by SIGSEGV`, `no end within 60 s`, with what is left if it can't be ended."""
         if self.timed_out:
-            return f"no end within {self.duration_s:.0f} s"
+            left = ", and it can't be ended: it may still run" if self.exit_code is None and self.signal is None else ""
+            return f"no end within {f'{self.limit_s:.1f}'.removesuffix('.0')} s{left}"
         if self.signal is not None:
             return f"killed by {_signal_name(self.signal)}"
         return f"exit status {self.exit_code}"
@@ -90,20 +101,23 @@ async def run(
     """Run a program to its end and return how it ended.
 
     Its output is read without pause and all but the last `keep_bytes` of each stream is thrown away. It starts with no
-    input, no open files of ours, no signal blocked or ignored, and a umask of 022; `env` replaces our environment.
+    input, no open files of ours, no signal blocked or ignored, no capabilities that our unit gave us, and a umask of 022;
+    `env` replaces our environment.
 
     At `timeout_s`, or when the caller is cancelled, the whole process group, and with `mark` whatever else descends from
     it, gets SIGTERM and, after five seconds, SIGKILL; it is gone when this returns. A program that ends by itself may
-    leave others running; nobody reads what those print. Raises OSError when it can't be started.
+    leave others running; nobody reads what those print. Raises NotStartedError.
     """
     started = time.monotonic()
     if mark:
         env = {**(os.environ if env is None else env), MARK: mark}
+    starting = asyncio.create_task(_start(argv, cwd, env, user, keep_bytes))
     try:
-        transport, output = await _start(argv, cwd, env, user, keep_bytes)
+        await asyncio.wait({starting})
     except asyncio.CancelledError:
-        await asyncio.shield(end_marked(mark))
+        await asyncio.shield(_abandon(starting, mark))
         raise
+    transport, output = starting.result()
     timed_out = await _wait(transport, output, timeout_s, mark)
     code = transport.get_returncode()
     return Result(
@@ -111,16 +125,17 @@ async def run(
         signal=-code if code is not None and code < 0 else None,
         timed_out=timed_out,
         duration_s=time.monotonic() - started,
+        limit_s=timeout_s,
         stdout=output.of(1),
         stderr=output.of(2),
     )
 
 
 async def end_marked(mark: str) -> int:
-    """End every process that was started with this `mark`, or descends from one that was; how many there were.
+    """End every process that was started with this `mark`, or descends from one that was; how many were ended.
 
     SIGTERM first and, after five seconds, SIGKILL. Only processes whose environment we may read are found: our own
-    user's, and for root everybody's. One that has cleared its environment is not found.
+    user's, and everybody's with CAP_SYS_PTRACE. One that has cleared its environment is not found.
     """
     return await _end(None, mark, None)
 
@@ -129,20 +144,31 @@ async def _start(
     argv: Sequence[str], cwd: Path, env: Mapping[str, str] | None, user: User | None, keep_bytes: int
 ) -> tuple[asyncio.SubprocessTransport, _Output]:
     _take_signals()
-    return await asyncio.get_running_loop().subprocess_exec(
-        lambda: _Output(keep_bytes),
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=cwd,
-        env=dict(env) if env is not None else None,
-        user=user.uid if user else None,
-        group=user.gid if user else None,
-        extra_groups=list(user.groups) if user else None,
-        umask=UMASK,
-        start_new_session=True,
-    )
+    try:
+        _keep_capabilities()
+        return await asyncio.get_running_loop().subprocess_exec(
+            lambda: _Output(keep_bytes),
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=cwd,
+            env=dict(env) if env is not None else None,
+            user=user.uid if user else None,
+            group=user.gid if user else None,
+            extra_groups=list(user.groups) if user else None,
+            umask=UMASK,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise NotStartedError(error.errno, error.strerror, error.filename) from None
+
+
+async def _abandon(starting: asyncio.Task[tuple[asyncio.SubprocessTransport, _Output]], mark: str) -> None:
+    """End a program that is being started. Its start is not cancelled: asyncio would then wait for who holds its output."""
+    await asyncio.wait({starting})
+    if not starting.cancelled() and starting.exception() is None:
+        await _wait(*starting.result(), 0, mark)
 
 
 async def _wait(transport: asyncio.SubprocessTransport, output: _Output, timeout_s: float, mark: str) -> bool:
@@ -152,16 +178,33 @@ async def _wait(transport: asyncio.SubprocessTransport, output: _Output, timeout
         async with asyncio.timeout(timeout_s):
             await output.exited.wait()
     except TimeoutError:
-        timed_out = not output.exited.is_set()
+        # We may have been late ourselves, stopped or asleep; then the program's own end counts.
+        timed_out = not await _has_ended(transport.get_pid(), output.exited)
     finally:
-        if not output.exited.is_set():
-            await asyncio.shield(_end(transport.get_pid(), mark, output.exited))
-        # What it left running may hold the pipes open for ever; what was printed until now is enough.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await output.closed.wait()
-        transport.close()
+        try:
+            if not output.exited.is_set():
+                await asyncio.shield(_end(transport.get_pid(), mark, output.exited))
+            # What it left running may hold the pipes open for ever; what was printed until now is enough.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await output.closed.wait()
+        finally:
+            # It kills once more what has not ended, which may be another user's.
+            with contextlib.suppress(PermissionError):
+                transport.close()
     return timed_out
+
+
+async def _has_ended(pid: int, exited: asyncio.Event) -> bool:
+    """Whether the program has ended by itself, if only just; then it is reaped when this returns."""
+    if not exited.is_set():
+        with contextlib.suppress(ChildProcessError):  # it has been reaped, and we are about to hear of it
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:  # noqa: ASYNC222  WNOHANG
+                return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REAP_S):
+                await exited.wait()
+    return exited.is_set()
 
 
 class _Output(asyncio.SubprocessProtocol):
@@ -220,9 +263,17 @@ def _take_signals() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+def _keep_capabilities() -> None:
+    """Hand none of our capabilities down: those of `AmbientCapabilities=` would stay with a child, even as another user."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) and ctypes.get_errno() != errno.EINVAL:
+        raise OSError(ctypes.get_errno(), "the agent's capabilities can't be kept from it")
+
+
 async def _end(group: int | None, mark: str, exited: asyncio.Event | None) -> int:
-    """SIGTERM, then SIGKILL, to a process group and to whatever carries the mark; how many processes there were."""
+    """SIGTERM, then SIGKILL, to a process group and to whatever carries the mark; how many processes were ended."""
     ended: set[int] = set()
+    quiet = 0
     for number, patience in ((signal.SIGTERM, TERMINATION_GRACE_S), (signal.SIGKILL, KILL_PATIENCE_S)):
         told: set[int] = set()
         until, pause = time.monotonic() + patience, 0.01
@@ -233,7 +284,9 @@ async def _end(group: int | None, mark: str, exited: asyncio.Event | None) -> in
         while True:
             alive = await asyncio.to_thread(_find, group, mark)
             ended |= alive.keys()
-            if not alive and (exited is None or exited.is_set()):
+            quiet = 0 if alive else quiet + 1
+            # A process that is just executing a program shows no environment: the second look finds it.
+            if quiet > 1 and (exited is None or exited.is_set()):
                 return len(ended)
             if number == signal.SIGTERM:  # the group was told as one, and nobody is asked twice
                 alive = {pid: False for pid, in_group in alive.items() if not in_group and pid not in told}
@@ -242,7 +295,7 @@ async def _end(group: int | None, mark: str, exited: asyncio.Event | None) -> in
             if time.monotonic() >= until:
                 break
             await asyncio.sleep(pause := min(pause * 2, POLL_S))
-    return len(ended)
+    return len(ended - alive.keys())
 
 
 def _find(group: int | None, mark: str) -> dict[int, bool]:

@@ -181,7 +181,9 @@ class Flow:
         }
         try:
             if state in UNTOUCHED:
-                outcome = await self._unless_cancelled(acts[state]())
+                outcome = await self._unless_cancelled(acts[state](), "nothing was changed")
+            elif state is State.TRIAL:
+                outcome = await self._unless_cancelled(acts[state](), "the version before comes back")
             else:
                 outcome = await acts[state]()
         except (AlreadyInstalled, RefusedError, StoreError):
@@ -222,8 +224,8 @@ class Flow:
                 await to_end(self._installer.roll_back, self._progress.get("from"))
                 await self._acts.restart()
 
-    async def _unless_cancelled(self, act: Coroutine[Any, Any, T]) -> T:
-        """The act's result; when the job is cancelled first, the act is stopped. Raises FailedError cancelled."""
+    async def _unless_cancelled(self, act: Coroutine[Any, Any, T], then: str) -> T:
+        """The act's result; when the job is cancelled first, the act is stopped. Raises FailedError cancelled, with what follows."""
         work = asyncio.ensure_future(act)
         cancel = asyncio.ensure_future(self._job.cancelled.wait())
         try:
@@ -234,7 +236,7 @@ class Flow:
                 work.cancel()
             await asyncio.wait({work, cancel})
         if work.cancelled() or (self._job.cancelled.is_set() and not work.exception()):
-            raise FailedError("cancelled", "the job was cancelled, nothing was changed")
+            raise FailedError("cancelled", f"the job was cancelled, {then}")
         return work.result()
 
     def _seen(self, state: State, slot: Slot = "absent") -> Seen:

@@ -190,6 +190,7 @@ class Agent:
     store: Store
     work: Work
     operations: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
     def __post_init__(self):
         client = JobsClient(self.session, THING)
@@ -198,6 +199,7 @@ class Agent:
             jobs=client,
             operations=self.operations or {"restart": self.work},
             allow=list(self.operations or ["restart"]),
+            facts=lambda: self.facts,
         )
         client.on_notify_next(lambda _: self.engine.wake())
 
@@ -477,6 +479,36 @@ async def test_a_placeholder_that_the_service_left_is_told(peer, service, agent_
     assert service.model.status("a") == "REJECTED"
     assert "${aws:iot:" in service.model.details("a")["message"]
     assert agent.work.runs == []
+
+
+def is_debian(value="debian", key="os.id", kind="stringEqual"):
+    return {"key": key, "value": value, "type": kind}
+
+
+CONDITIONS = {
+    "met": ([is_debian(), is_debian(["0.2", "0.1"], "agent.version", "versionAtLeast")], "SUCCEEDED", "ok"),
+    "not met": ([is_debian("ubuntu")], "REJECTED", "condition_not_met"),
+    "one of two": ([is_debian(), is_debian("9", "agent.version", "versionAtLeast")], "REJECTED", "condition_not_met"),
+    "without a value": ([is_debian("1.0", "target.x.version", "stringNotEqual")], "REJECTED", "condition_not_met"),
+    "unknown key": ([is_debian(), is_debian("red", "colour")], "REJECTED", "condition_unknown"),
+    "unknown type": ([is_debian(kind="numericEquals")], "REJECTED", "condition_unknown"),
+    "not a version": ([is_debian("newest", "agent.version", "versionBelow")], "REJECTED", "condition_unknown"),
+    "not a condition": ([{"key": "os.id"}], "REJECTED", "bad_document"),
+}
+
+
+@pytest.mark.conformance("C-DOC-10", "F-07")
+@pytest.mark.parametrize(("conditions", "status", "code"), CONDITIONS.values(), ids=CONDITIONS)
+async def test_a_job_runs_only_where_its_conditions_hold(peer, service, agent_for, conditions, status, code):
+    service.model.create("a", {**DOCUMENT, "conditions": conditions})
+    agent = agent_for(peer, Work())
+    agent.facts |= {"os.id": "debian", "agent.version": "0.1.0", "target.x.version": ""}
+    async with agent.running():
+        await service.until_ended("a")
+        await agent.closed("a")
+    assert (service.model.status("a"), service.model.details("a")["reason_code"]) == (status, code)
+    assert agent.work.runs == ([("a", 1)] if status == "SUCCEEDED" else [])
+    assert [body["status"] for body in service.sent("update")] == (["IN_PROGRESS"] * (status == "SUCCEEDED")) + [status]
 
 
 @pytest.mark.conformance("C-JOBS-14")

@@ -32,7 +32,8 @@ class Work:
 async def engine(tmp_path):
     store = await Store.open(tmp_path / "state.db")
     work = Work()
-    made = Engine(store=store, jobs=JobsService(), operations={"restart": work}, allow=["restart"])
+    facts = {"os.id": "debian"}
+    made = Engine(store=store, jobs=JobsService(), operations={"restart": work}, allow=["restart"], facts=lambda: facts)
     made.work, made.store = work, store
     yield made
     assert await store.read(lambda t: t.jobs()) == []
@@ -43,6 +44,7 @@ async def test_a_document_that_would_be_taken(engine):
     plan = await engine.plan(RESTART)
     assert (plan["accepted"], plan["operation"], plan["code"]) == (True, "restart", "ok")
     assert plan["steps"] == ["restart agent"]
+    assert (await engine.plan({**RESTART, "conditions": [{"key": "os.id", "value": "debian"}]}))["accepted"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,8 @@ async def test_a_document_that_would_be_taken(engine):
         ({**RESTART, "operation": "format"}, "unknown_operation"),
         ({"operation": "update"}, "not_allowed"),
         ({**RESTART, "target": "${aws:iot:parameter:target}"}, "placeholder_unresolved"),
+        ({**RESTART, "conditions": [{"key": "os.id", "value": "ubuntu"}]}, "condition_not_met"),
+        ({**RESTART, "conditions": [{"key": "colour", "value": "red"}]}, "condition_unknown"),
     ],
 )
 async def test_a_document_that_would_be_refused_says_why(engine, document, code):

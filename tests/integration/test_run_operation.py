@@ -1,9 +1,13 @@
 """Operation `run`: real programs, the local policy, and truthful ends."""
 
 import asyncio
+import errno
+import itertools
 import json
 import os
 import pwd
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import FailedError, RefusedError
-from agent.jobs.operations.policy import split_command
+from agent.jobs.operations.policy import CAPABILITIES, split_command
 from tests.integration.steps import Handlers, Job, alive, command, document, kill, operation, run, step, written
 from tests.places import own_folder
 
@@ -291,24 +295,135 @@ async def test_an_allowed_user_runs_the_step_with_its_own_groups_and_nothing_of_
     assert details["stdout"].split() == ["nobody", "nogroup", home, "nobody", "nobody", "0022", "/", "4", "0"]
 
 
-@ROOT_ONLY
-def test_an_agent_that_can_not_become_others_refuses_them_before_anything_runs():
-    script = """
-import os
-from agent.errors import RefusedError
-from agent.jobs.operations.policy import user
-from agent.settings import Jobs
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
-try:
-    user(Jobs(run_as=["daemon", "root"]), "root"); print("allowed")
-except RefusedError as error:
-    print(error.code, error.hint)
-assert user(Jobs(), "nobody") is None
+AGENT = """
+import asyncio, ctypes, json, os, struct, sys
+from pathlib import Path
+from agent.errors import AgentError
+from agent.host import processes
+from tests.integration.steps import Handlers, run
+
+folder, capabilities, documents = json.loads(sys.argv[1])
+if os.geteuid() == 0:
+    libc = ctypes.CDLL(None)
+    libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+    os.setgroups([]); os.setresgid(64999, 64999, 64999); os.setresuid(64999, 64999, 64999)
+    mask = sum(1 << number for number in capabilities)
+    assert libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", mask, mask, mask, 0, 0, 0)) == 0
+    assert not any(libc.prctl(47, 2, number, 0, 0) for number in capabilities)  # PR_CAP_AMBIENT_RAISE
+processes.TERMINATION_GRACE_S = 0.5
+
+async def ends():
+    for document in documents:
+        try:
+            yield await run(Handlers(Path(folder)), document, run_as=["root", "nobody"])
+        except AgentError as error:
+            yield {"code": error.code, "message": error.message, "hint": error.hint}
+
+async def main():
+    print(json.dumps([end async for end in ends()]))
+
+asyncio.run(main())
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+"""An agent that runs documents as user 64999 with capabilities as systemd gives them, or, when we aren't root, as our own user."""
+CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_PTRACE = 2, 5, 6, 7, 19
+
+
+async def ends_of_an_agent(handlers, capabilities, *documents):
+    """How each document ends: its details, or code, message and hint. The agent can read the interpreter's files in any case."""
+    arguments = json.dumps([str(handlers.folder), [CAP_DAC_READ_SEARCH, *capabilities], documents])
+    agent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", AGENT, arguments),
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert result.stdout.startswith("user_unavailable run the agent as root"), result.stderr
+    out, err = await agent.communicate()
+    assert not err, err.decode()
+    return json.loads(out)
+
+
+@ROOT_ONLY
+async def test_an_agent_that_can_not_become_others_or_end_them_refuses_them_before_anything_runs(handlers):
+    handlers("who.sh", "id -un\n")
+    needed, tried = {CAP_KILL: "CAP_KILL", CAP_SETGID: "CAP_SETGID", CAP_SETUID: "CAP_SETUID"}, 0
+    doc = document(step("who.sh", runAsUser="nobody"), includeStdOut=True)
+    for count in range(len(needed)):
+        for held in itertools.combinations(needed, count):
+            [end] = await ends_of_an_agent(handlers, held, doc)
+            missing = " ".join(name for number, name in needed.items() if number not in held)
+            assert end["code"] == "user_unavailable"
+            assert end["message"].endswith(f"it has not {missing}")
+            assert 'docs/jobs.md, "Steps as another user"' in end["hint"]
+            tried += 1
+    print(f"{tried} sets of capabilities that are too small for another user tried")
+
+
+@ROOT_ONLY
+async def test_no_step_inherits_the_capabilities_of_the_agent(handlers):
+    handlers("who.sh", "id -u; grep -c 'Cap[PEA].*:.0000000000000000' /proc/self/status\n")
+    ends = await ends_of_an_agent(
+        handlers,
+        [CAP_KILL, CAP_SETGID, CAP_SETUID],
+        document(step("who.sh", runAsUser="nobody"), includeStdOut=True),
+        document(step("who.sh"), includeStdOut=True),
+    )
+    assert [end["stdout"] for end in ends] == ["65534 3", "64999 3"], "neither permitted nor effective nor ambient"
+
+
+@ROOT_ONLY
+async def test_an_agent_with_capabilities_alone_ends_a_step_of_another_user_with_all_it_has_started(handlers):
+    stubborn = "sh -c 'trap \"\" TERM; while :; do sleep 1; done' steps-of-nobody"
+    handlers("slow.sh", f"{stubborn} & setsid {stubborn} & sleep 1000\n")
+    capabilities = [CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_PTRACE]
+    doc = document(step("slow.sh", runAsUser="nobody", timeoutSeconds=1))
+    [end] = await ends_of_an_agent(handlers, capabilities, doc)
+    assert (end["code"], end["message"]) == ("step_timed_out", "step 'slow.sh': no end within 1 s")
+    left = await asyncio.create_subprocess_exec("pgrep", "-u", "nobody", "-f", "steps-of-nobody", stdout=-3)
+    assert await left.wait() == 1
+
+
+@ROOT_ONLY
+async def test_where_the_kernel_forbids_another_user_all_the_same_it_says_what_to_do(handlers, monkeypatch):
+    """As a unit with the capabilities, whose system call filter has no @setuid."""
+
+    def forbidden():
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("agent.host.processes._keep_capabilities", forbidden)
+    handlers("h.sh", "true\n")
+    with pytest.raises(FailedError) as caught:
+        await run(handlers, document(step("h.sh", runAsUser="nobody")), run_as=["nobody"])
+    assert (caught.value.code, "docs/jobs.md" in caught.value.hint) == ("not_started", True)
+
+
+@pytest.mark.conformance("C-DOC-04")
+async def test_an_empty_or_unfilled_user_is_the_agent_s_own_and_nobody_else(handlers):
+    """For an agent that could become root, and whose policy allows that."""
+    handlers("who.sh", 'echo "$(id -u) [$1]"\n')
+    empty = ({}, {"runAsUser": ""}, {"runAsUser": "${aws:iot:parameter:runAsUser}"})
+    docs = [document(step("who.sh", **user), includeStdOut=True) for user in empty]
+    for doc in docs:
+        doc["steps"][0]["action"]["input"]["path"] = "${aws:iot:parameter:path}"
+    own = os.geteuid() or 64999
+    ends = await ends_of_an_agent(handlers, [CAP_KILL, CAP_SETGID, CAP_SETUID], *docs)
+    assert [end.get("stdout", end) for end in ends] == [f"{own} []"] * 3
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_the_documented_drop_in_gives_the_unit_what_the_policy_asks_for(tmp_path):
+    repository = Path(__file__).parents[2]
+    section = (repository / "docs/jobs.md").read_text().partition("\n## Steps as another user\n")[2]
+    drop_in = section.partition("```ini\n")[2].partition("```")[0]
+    for key in ("CapabilityBoundingSet", "AmbientCapabilities"):
+        [given] = re.findall(rf"^{key}=(.*)$", drop_in, re.MULTILINE)
+        assert set(CAPABILITIES) < set(given.split())
+    shipped = (repository / "systemd/camera-agent.service").read_text()
+    (tmp_path / "camera-agent.service").write_text(shipped.replace("/usr/bin/camera-agent run", "/bin/true run"))
+    (tmp_path / "camera-agent.service.d").mkdir()
+    (tmp_path / "camera-agent.service.d/override.conf").write_text(drop_in)
+    argv = ["systemd-analyze", "verify", "--man=no", tmp_path / "camera-agent.service"]
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 async def test_the_plan_names_what_would_run_and_runs_nothing(handlers, tmp_path):
@@ -352,6 +467,18 @@ async def test_commands_are_denied_unless_allowed_and_need_no_shell(handlers):
     with pytest.raises(FailedError) as caught:
         await run(handlers, document(command("/no/such/program")), commands="allow")
     assert caught.value.code == "not_started"
+
+
+async def test_a_failure_after_the_start_is_not_told_as_a_step_that_was_not_started(handlers, tmp_path, monkeypatch):
+    handlers("slow.sh", f"touch {tmp_path}/ran; exec sleep 1000\n")
+
+    def find(*_):
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr("agent.host.processes._find", find)
+    with pytest.raises(OSError, match="too many"):
+        await run(handlers, document(step("slow.sh", timeoutSeconds=0.5)))
+    assert (tmp_path / "ran").exists()
 
 
 def test_splitting_commands():

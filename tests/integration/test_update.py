@@ -17,6 +17,7 @@ from agent.updates import gate as gates
 from agent.updates.fetch import Limits
 from agent.updates.gate import Gate
 from agent.updates.manifest import digest_of
+from agent.updates.packages import Packages
 from agent.updates.states import State
 from agent.updates.update import Update
 from tests.fakes_updates import (
@@ -35,6 +36,8 @@ from tests.fakes_updates import (
     signed_manifest,
     signed_root,
 )
+from tests.unit.test_reference import Camera as PictureSource
+from tests.unit.test_reference import measures
 
 UNIT = "capture-pipeline.service"
 GATE = {"stable_for_s": 0.1, "deadline_s": 60}
@@ -171,6 +174,54 @@ async def test_first_install_and_an_update(camera):
     assert len(camera.slots()) == 2
 
 
+@pytest.mark.conformance("C-JOBS-30")
+async def test_what_runs_is_told_at_the_start_after_each_update_and_after_a_roll_back(camera):
+    told = []
+
+    async def report(packages):
+        told.append(packages)
+        return len(told)
+
+    async def online():
+        return
+
+    def start():
+        camera.start()
+        return asyncio.create_task(
+            Packages(
+                camera.store,
+                versions=camera.update.versions,
+                changed=camera.update.changed,
+                report=report,
+                wait_online=online,
+            ).run()
+        )
+
+    async def says(**versions):
+        expected = {"camera-agent": "0.1.0", **versions}
+        async with asyncio.timeout(20):
+            while not told or told[-1] != {name: {"version": v, "attributes": {}} for name, v in expected.items()}:
+                await asyncio.sleep(0.001)
+        assert camera.update.versions() == expected
+        told.clear()
+
+    task = start()
+    await says()
+    for version in ("1.0", "2.0"):
+        await camera.run(camera.document(version))
+        await says(pipe=version)
+    for broken in ("blurry", "broken"):
+        await failing(camera.run(camera.document("3.0", broken)))
+        await says(pipe="2.0")
+    task.cancel()
+    await asyncio.wait({task})
+    task = start()
+    await camera.update.load()
+    await says(pipe="2.0")
+    task.cancel()
+    await asyncio.wait({task})
+
+
 async def test_renamed_envelope_keys_are_understood(running):
     document = running.document("2.0")
     document["manifest"]["payload_type"] = document["manifest"].pop("payloadType")
@@ -187,6 +238,55 @@ async def test_spoilt_images_are_taken_back(running):
     assert await running.fact("updates.floor.pipe") == 1
     assert running.units.restarted == [UNIT, UNIT]
     assert running.capture.verdict.ok
+
+
+class Judging(FakeCapture):
+    """Images judged by the real reference, in a time of their own: what the running version delivers between two looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = PictureSource()
+        self.images.deliver(60)
+        self.delivers = {}
+        self.changed_at = 0.0
+
+    def reference(self):
+        self.changed_at = self.images.now
+        return self.images.reference()
+
+    def compare(self, reference, since):
+        if self.verdict.ok:
+            self.images.deliver(12)
+        elif not self.delivers:
+            self.images.now += 60
+        else:
+            self.images.deliver(12, **self.delivers)
+        return self.images.compare(reference, self.changed_at)
+
+
+@pytest.mark.conformance("F-19")
+@pytest.mark.parametrize(
+    ("delivers", "said"),
+    [
+        ({}, "no image since the change"),
+        ({"repeated": True}, "repeat the one before"),
+        ({"broken": True}, "broken files"),
+        ({"picture": measures(sharpness=0.1)}, "blurred"),
+        ({"every_s": 8.0}, "images a second"),
+    ],
+    ids=["stop", "repeat", "break", "blur", "slow"],
+)
+async def test_a_change_after_which_pictures_stop_or_repeat_is_taken_back(running, delivers, said):
+    running.capture = running.units.capture = Judging()
+    running.capture.delivers = delivers
+    running.start()
+    error = await failing(running.run(running.document("2.0", "blurry")))
+    assert error.code == "capture_worse"
+    assert said in error.message
+    assert "taken back to 1.0" in error.message
+    assert running.runs == "1.0"
+    assert running.units.restarted == [UNIT, UNIT]
+    assert (await running.run(running.document("3.0")))["reason_code"] == "updated"
 
 
 async def test_a_unit_that_does_not_start_is_taken_back(running):
@@ -322,17 +422,33 @@ async def test_a_digest_is_tried_twice_by_one_job(running):
     assert (await failing(running.update.run(job))).code == "capture_worse"
 
 
-async def test_fresh_urls_come_from_the_job(running):
-    document = running.document("2.0")
+class Reissued(FakeJob):
+    """A job whose document has another address each time that it is asked for anew."""
 
+    asked = 0
+
+    async def fresh_document(self):
+        self.asked += 1
+        return {**self.document, "urls": [f"{self.document['urls'][0].partition('?')[0]}/fresh-{self.asked}"]}
+
+
+@pytest.mark.conformance("C-JOBS-24")
+@pytest.mark.parametrize("expired", [0, 1, 3, 1000])
+async def test_a_refused_address_is_asked_for_anew_three_times_at_most(running, expired):
     async def forbidden(server, request):
         return web.Response(status=403)
 
-    running.server.faults = [forbidden]
-    job = FakeJob(document, running.store)
-    job.fresh = [{**document, "urls": [f"{running.base}/fresh"]}]
-    assert (await running.update.run(job))["version"] == "2.0"
-    assert running.server.requests[-1].path == "/fresh"
+    running.server.requests.clear()
+    running.server.faults = [forbidden] * expired
+    job = Reissued(running.document("2.0"), running.store)
+    if expired <= 3:
+        assert (await running.update.run(job))["version"] == "2.0"
+    else:
+        assert (await failing(running.update.run(job))).code == "download_refused"
+        assert (running.runs, len(running.slots())) == ("1.0", 1)
+    assert job.asked == min(expired, 3)
+    fresh = [f"/2.0/fresh-{number}" for number in range(1, job.asked + 1)]
+    assert [request.path for request in running.server.requests] == ["/2.0", *fresh]
 
 
 async def test_a_cancel_while_downloading_changes_nothing(running):
@@ -434,7 +550,7 @@ async def test_a_cancel_during_the_wait_counts_after_a_cut_too(running, monkeypa
     assert len(running.slots()) == 1
 
 
-async def test_cancel_is_too_late_on_trial(running):
+async def test_a_job_cancelled_on_trial_is_taken_back(running):
     job = FakeJob(running.document("2.0"), running.store)
     save = job.save
 
@@ -444,7 +560,11 @@ async def test_cancel_is_too_late_on_trial(running):
         await save(progress, message, **kwargs)
 
     job.save = cancel
-    assert (await running.update.run(job))["version"] == "2.0"
+    error = await failing(running.update.run(job))
+    assert error.code == "cancelled"
+    assert "the version before comes back" in error.message
+    assert running.runs == "1.0"
+    assert not running.lock.locked()
 
 
 async def test_a_bug_in_a_trial_does_not_leave_an_unproven_version(running):
@@ -531,6 +651,70 @@ async def test_a_reboot_on_trial_starts_its_time_again(running, monkeypatch):
     running.start()
     assert (await running.run(job.document, progress))["version"] == "2.0"
     assert clock.boot_id() != "the boot before"
+
+
+class EndedIn(FakeJob):
+    """A job whose agent ends each time that one of the states `ends_in` is saved."""
+
+    ends_in = ()
+
+    async def save(self, progress, message, **kwargs):
+        await super().save(progress, message, **kwargs)
+        if self.states[-1] in self.ends_in:
+            raise PowerCutError
+
+
+def after_a_reboot(progress):
+    """What the record says when the camera was booted since it was written."""
+    if "boot_id" in progress:
+        progress["boot_id"] = "the boot before"
+    if "trial" in progress:
+        progress["trial"] = {"since": 1e12, "boot_id": "the boot before"}
+    return progress
+
+
+@pytest.mark.conformance("F-24")
+@pytest.mark.parametrize("rebooted", [False, True], ids=["agent", "camera"])
+@pytest.mark.parametrize("state", ["DOWNLOADED", "INSTALLING", "ARMED", "RESTARTING", "TRIAL", "COMMITTING"])
+async def test_an_update_goes_on_after_a_restart_where_it_was(running, state, rebooted):
+    running.server.requests.clear()
+    job = EndedIn(running.document("2.0"), running.store)
+    job.ends_in = (state,)
+    with pytest.raises(PowerCutError):
+        await running.update.run(job)
+    restarted = len(running.units.restarted)
+    running.start()
+    again = FakeJob(job.document, running.store, after_a_reboot(job.progress) if rebooted else job.progress)
+    assert (await running.update.run(again))["reason_code"] == "updated"
+    order = [str(one) for one in State]
+    goes_on_from = "TRIAL" if (state, rebooted) == ("RESTARTING", True) else state
+    assert again.states == order[order.index(goes_on_from) : order.index("COMMITTED") + 1]
+    assert len(running.server.requests) == 1
+    assert len(running.units.restarted) - restarted == ("RESTARTING" in again.states)
+
+
+@pytest.mark.conformance("F-24")
+@pytest.mark.parametrize("rebooted", [False, True], ids=["agent", "camera"])
+@pytest.mark.parametrize("state", ["RESTARTING", "TRIAL"])
+async def test_an_update_that_always_ends_the_agent_is_taken_back_and_does_not_begin_again(running, state, rebooted):
+    lives, progress = 0, None
+    document = running.document("2.0")
+    while lives < 20:
+        lives += 1
+        job = EndedIn(document, running.store, progress)
+        job.ends_in = ("RESTARTING", "TRIAL") if rebooted else (state,)
+        try:
+            error = await failing(running.update.run(job))
+        except PowerCutError:
+            progress = after_a_reboot(job.progress) if rebooted else job.progress
+            running.start()
+        else:
+            break
+    assert lives <= 5
+    assert error.code == "interrupted"
+    assert running.runs == "1.0"
+    assert running.capture.verdict.ok
+    print(f"{lives} lives tried")
 
 
 async def play(folder, files, place, cut):

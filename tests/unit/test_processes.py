@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.host import processes
-from agent.host.processes import MARK, Output, Result, User, end_marked, run
+from agent.host.processes import MARK, NotStartedError, Output, Result, User, end_marked, run
 
 
 def shell(script: str) -> list[str]:
@@ -69,8 +73,35 @@ async def test_a_signal_is_not_success() -> None:
 
 
 async def test_a_program_that_does_not_exist() -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(NotStartedError, match=r"No such file or directory: '/nowhere/program'") as caught:
         await run(["/nowhere/program"], timeout_s=30)
+    assert caught.value.errno == errno.ENOENT
+
+
+async def test_a_failure_after_the_start_is_not_told_as_one_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with no file descriptor left to list /proc: the program itself is killed all the same."""
+
+    def find(*_: object) -> dict[int, bool]:
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(processes, "_find", find)
+    monkeypatch.setattr(os, "killpg", lambda *_: None)
+    started: list[int] = []
+    monkeypatch.setattr(processes, "_end", record_pid(started, processes._end))
+    with pytest.raises(OSError, match="too many") as caught:
+        await run(["sleep", "300"], timeout_s=0.1)
+    assert not isinstance(caught.value, NotStartedError)
+    assert await gone(started[0])
+
+
+def record_pid(
+    pids: list[int], end: Callable[..., Coroutine[Any, Any, int]]
+) -> Callable[..., Coroutine[Any, Any, int]]:
+    def recorded(pid: int, *more: Any) -> Coroutine[Any, Any, int]:
+        pids.append(pid)
+        return end(pid, *more)
+
+    return recorded
 
 
 async def test_the_time_limit_ends_the_whole_group(tmp_path: Path) -> None:
@@ -94,6 +125,8 @@ async def test_who_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest
     result = await run(shell(script), timeout_s=0.5)
     assert result.signal == signal.SIGKILL
     assert await gone(await read_pid(tmp_path / "child"))
+    assert result.duration_s >= 0.7
+    assert result.describe() == "no end within 0.5 s", "the limit, without the time that ending it took"
 
 
 async def test_cancelling_ends_the_whole_group(tmp_path: Path) -> None:
@@ -104,6 +137,22 @@ async def test_cancelling_ends_the_whole_group(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await gone(child)
+
+
+async def test_cancelling_at_any_moment_of_the_start_ends_all() -> None:
+    """With a grandchild that holds the output open, which must not be waited for."""
+    for turns in range(40):
+        mark = secrets.token_hex(16)
+        task = asyncio.create_task(run(shell("sleep 300 & sleep 300"), timeout_s=300, mark=mark))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        time.sleep(0.02)  # the loop stands still, the shell goes on
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(60):
+                await task
+        assert await asyncio.to_thread(processes._find, None, mark) == {}
+    print("40 moments of a start at which it is cancelled tried")
 
 
 async def test_what_a_program_leaves_running_does_not_hold_it_up(tmp_path: Path) -> None:
@@ -279,9 +328,48 @@ async def test_who_can_not_be_killed_is_not_waited_for_without_end(monkeypatch: 
         deaf.setattr(processes, "_send", lambda *_: None)
         result = await run(["sleep", "300"], timeout_s=0.1)
     assert (result.exit_code, result.signal, result.timed_out, result.succeeded) == (None, None, True, False)
+    assert result.describe() == "no end within 0.1 s, and it can't be ended: it may still run"
     while any(thread.name.startswith("waitpid") for thread in threading.enumerate()):
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.01)  # its end is taken in by the loop
+
+
+async def test_what_could_not_be_ended_is_not_counted_as_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "TERMINATION_GRACE_S", 0.1)
+    monkeypatch.setattr(processes, "KILL_PATIENCE_S", 0.1)
+    mark = secrets.token_hex(16)
+    marked = await asyncio.create_subprocess_exec("sleep", "300", env={MARK: mark})
+    with monkeypatch.context() as deaf:
+        deaf.setattr(processes, "_send", lambda *_: None)
+        assert await end_marked(mark) == 0
+    assert await end_marked(mark) == 1
+    await marked.wait()
+
+
+WITHOUT_CAP_KILL = """
+import asyncio
+from agent.host import processes
+processes.TERMINATION_GRACE_S = processes.KILL_PATIENCE_S = 0.2
+somebody = processes.User("nobody", 65534, 65534, (65534,), "/")
+result = asyncio.run(processes.run(["/bin/sh", "-c", "echo $$; exec sleep 300"], timeout_s=1, user=somebody))
+print(result.stdout.text.strip(), result.describe(), sep=": ")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: only root can become another user")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+async def test_another_users_program_that_may_not_be_killed_is_told_as_it_is() -> None:
+    """With the capabilities to start it and not those to end it: no PermissionError, and no end that was not."""
+    capabilities = "-all,+setuid,+setgid"
+    argv = ["setpriv", f"--bounding-set={capabilities}", sys.executable, "-c", WITHOUT_CAP_KILL]
+    result = await asyncio.to_thread(
+        subprocess.run, argv, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
+    pid, _, told = result.stdout.partition(": ")
+    assert told == "no end within 1 s, and it can't be ended: it may still run\n", result.stderr
+    assert not result.stderr
+    os.kill(int(pid), signal.SIGKILL)
+    assert await gone(int(pid))
 
 
 async def test_output_that_is_not_utf8() -> None:
@@ -328,5 +416,20 @@ async def test_duration() -> None:
 
 def test_any_signal_has_a_name() -> None:
     nothing = Output("", 0)
-    assert Result(None, 40, False, 1.0, nothing, nothing).describe() == "killed by signal 40"
-    assert Result(None, 9, False, 1.0, nothing, nothing).describe() == "killed by SIGKILL"
+    assert Result(None, 40, False, 1.0, 2.0, nothing, nothing).describe() == "killed by signal 40"
+    assert Result(None, 9, False, 1.0, 2.0, nothing, nothing).describe() == "killed by SIGKILL"
+
+
+@pytest.mark.parametrize(("limit", "told"), [(60, "60"), (0.25, "0.2"), (59.96, "60"), (2e6, "2000000"), (1, "1")])
+def test_a_limit_in_words(limit: float, told: str) -> None:
+    nothing = Output("", 0)
+    assert Result(None, 15, True, limit + 5, limit, nothing, nothing).describe() == f"no end within {told} s"
+
+
+async def test_a_program_that_ended_while_we_were_late_has_ended_in_its_time():
+    """As after a suspended machine: its end and the time limit are found together."""
+    running = asyncio.create_task(processes.run(["/bin/sh", "-c", "sleep 0.2; exit 3"], timeout_s=0.5))
+    await asyncio.sleep(0.1)
+    time.sleep(1.0)  # the whole loop stands still
+    result = await running
+    assert (result.timed_out, result.exit_code) == (False, 3)

@@ -175,7 +175,6 @@ def test_different_faults_add_up() -> None:
     assert len(verdict.reasons) == 3
 
 
-@pytest.mark.conformance("F-19")
 def test_broken_and_repeated_files() -> None:
     camera, reference, since = after_a_minute()
     camera.deliver(8, broken=True)

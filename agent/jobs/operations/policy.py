@@ -17,7 +17,9 @@ from agent.errors import RefusedError
 from agent.host.processes import User
 from agent.settings import Jobs
 
-CAP_SETGID, CAP_SETUID = 6, 7
+CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
+"""What it takes to start a program as another user, and to end it. The numbers are the kernel's."""
+UNIT_HINT = 'give the agent\'s unit the drop-in of docs/jobs.md, "Steps as another user", or leave runAsUser empty'
 MAX_LINKS = 40
 
 
@@ -71,23 +73,24 @@ def user(policy: Jobs, name: str) -> User | None:
             f"runAsUser: {name} is root by another name, and root is not allowed on this camera",
             "add root to jobs.run_as in agent.toml",
         )
-    if not _can_become_others():
+    if missing := _missing_capabilities():
         raise RefusedError(
             "user_unavailable",
-            f"runAsUser: the agent can't become {name}: it has not the capabilities CAP_SETUID and CAP_SETGID",
-            "run the agent as root, give its unit AmbientCapabilities=CAP_SETUID CAP_SETGID, or leave runAsUser empty",
+            f"runAsUser: the agent can't become {name}, or can't end what it starts as {name}: it has not {missing}",
+            UNIT_HINT,
         )
     return found
 
 
-def _can_become_others() -> bool:
+def _missing_capabilities() -> str:
+    """The names of those that we don't have; all when nobody knows."""
     try:
         status = Path("/proc/self/status").read_bytes()
     except OSError:
-        return False
-    capabilities = re.search(rb"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    needed = 1 << CAP_SETGID | 1 << CAP_SETUID
-    return capabilities is not None and int(capabilities[1], 16) & needed == needed
+        status = b""
+    found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    effective = int(found[1], 16) if found else 0
+    return " ".join(name for name, number in CAPABILITIES.items() if not effective >> number & 1)
 
 
 def _handler(folder: Path, action: Mapping[str, Any], where: str) -> Path:

@@ -220,8 +220,10 @@ async def _execute(
         if not program.done():
             raise _cancelled(action)
         return program.result()
-    except OSError as error:
+    except processes.NotStartedError as error:
         hint = "a script needs a first line such as #!/bin/sh" if error.errno == errno.ENOEXEC else ""
+        if error.errno == errno.EPERM and user:
+            hint = rules.UNIT_HINT
         message = f"step {action['name']!r} can't be started: {argv[0]}: {error.strerror}"
         raise StepFailedError("not_started", message, {"step": action["name"]}, hint) from None
     finally:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = get_logger("api")
 
 SCHEMA = 1
-BODY_LIMIT = 64 * 1024
+BODY_LIMIT = 128 * 1024
 CONNECTION_LIMIT = 64
 """At once; half of them for one user, and a quarter kept for those who may write."""
 HEAD_TIMEOUT_S = 5.0

@@ -18,7 +18,7 @@ from agent.ctl.exits import ANSWERED, BAD, ERROR, TIMED_OUT, Failure
 Json = dict[str, Any]
 
 RUNNING = "IN_PROGRESS"
-FILE_LIMIT = 64 * 1024
+FILE_LIMIT = 128 * 1024
 BY_THE_CLOUD = {
     "CANCELED": "the cloud cancelled it",
     "TIMED_OUT": "the cloud's time for it ran out",

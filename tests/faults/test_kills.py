@@ -299,7 +299,7 @@ class Camera:
         assert not twice, f"told twice: {twice}"
         statuses = {(job["job_id"], job["execution"]): job["status"] for job in unique.values()}
         decided = {key: record["status"] for key, record in self.journal.items() if record["status"]}
-        assert not unique or statuses == decided, {k: (statuses.get(k), v) for k, v in decided.items()}
+        assert statuses == decided, {k: (statuses.get(k), v) for k, v in decided.items()}
         return len(unique)
 
 

@@ -414,7 +414,7 @@ def test_a_document_is_tried(camera: Camera, name: str, code: int, said: str, wa
         (b'{"timeoutSeconds": NaN}', "document_not_json", "NaN is no number"),
         (b"[" * 50_000, "document_not_json", "nested too deep"),
         (b"\xff\xfe\xfd", "document_not_json", "codec"),
-        (b" " * 65_537, "document_too_large", "larger than 65536 bytes"),
+        (b" " * 131_073, "document_too_large", "larger than 131072 bytes"),
     ],
 )
 def test_what_is_no_document_is_told_before_anything_is_asked(down: Camera, data: bytes | None, code: str, said: str):

@@ -6,56 +6,21 @@ import ast
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 import agent
-from agent import logs
 from agent.cloud import connection as connection_module
 from agent.cloud.connection import Connection
-from agent.cloud.session import LONGEST_REQUEST_S, Session
+from agent.cloud.session import LONGEST_REQUEST_S
 from agent.errors import CloudError
-from agent.settings import Cloud
-from tests.certificates import Authority, Pair
 from tests.integration import mqtt_peer as mqtt
 from tests.integration.connected import child, line_of, make_session, running
-from tests.integration.mqtt_peer import MqttPeer
 
 THING = "cam-7"
+pytestmark = pytest.mark.usefixtures("readable_logs")
 FORKING = {"fork", "forkpty", "preexec_fn", "multiprocessing", "ProcessPoolExecutor", "daemonize"}
-
-
-@pytest.fixture(autouse=True)
-def _readable_logs() -> None:
-    logs.configure("console")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def identity(authority: Authority) -> Pair:
-    return authority.client(THING)
-
-
-@pytest.fixture
-async def peer(authority: Authority) -> AsyncIterator[MqttPeer]:
-    async with MqttPeer(authority.server_context()) as running:
-        yield running
-
-
-@pytest.fixture
-def cloud(authority: Authority, peer: MqttPeer) -> Cloud:
-    return Cloud(endpoint="localhost", port=peer.port, ca_file=authority.ca_file)
-
-
-@pytest.fixture
-def session(cloud: Cloud, identity: Pair) -> Session:
-    return make_session(THING, cloud, identity)
 
 
 @pytest.mark.conformance("C-SDK-01")

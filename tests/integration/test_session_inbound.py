@@ -10,54 +10,21 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from agent import logs
 from agent.cloud.jobs import Execution, JobsClient
 from agent.cloud.session import Session
 from agent.cloud.shadow import ShadowClient
 from agent.jobs import conversation
 from agent.jobs import engine as engine_module
 from agent.jobs.engine import Engine
-from agent.settings import Cloud
 from agent.store import Store
-from tests.certificates import Authority, Pair
 from tests.integration import mqtt_peer as mqtt
-from tests.integration.connected import link_where, make_session, running
+from tests.integration.connected import link_where, running
 from tests.integration.mqtt_peer import MqttPeer, Packet
 
 THING = "cam-7"
+pytestmark = pytest.mark.usefixtures("readable_logs")
 JOBS = f"$aws/things/{THING}/jobs"
 SHADOW = f"$aws/things/{THING}/shadow/name/config"
-
-
-@pytest.fixture(autouse=True)
-def _readable_logs() -> None:
-    logs.configure("console")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def identity(authority: Authority) -> Pair:
-    return authority.client(THING)
-
-
-@pytest.fixture
-async def peer(authority: Authority) -> AsyncIterator[MqttPeer]:
-    async with MqttPeer(authority.server_context()) as running:
-        yield running
-
-
-@pytest.fixture
-def cloud(authority: Authority, peer: MqttPeer) -> Cloud:
-    return Cloud(endpoint="localhost", port=peer.port, ca_file=authority.ca_file)
-
-
-@pytest.fixture
-def session(cloud: Cloud, identity: Pair) -> Session:
-    return make_session(THING, cloud, identity)
 
 
 @pytest.fixture

@@ -4,53 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
 
 import pytest
 from pydantic import ValidationError
 
-from agent import logs
 from agent.cloud.offline import Pace
-from agent.cloud.session import Session
 from agent.errors import CloudError
 from agent.settings import Cloud
-from tests.certificates import Authority, Pair
 from tests.integration import mqtt_peer as mqtt
 from tests.integration.connected import make_session, running
-from tests.integration.mqtt_peer import MqttPeer, Packet
+from tests.integration.mqtt_peer import Packet
 
 THING = "cam-7"
-
-
-@pytest.fixture(autouse=True)
-def _readable_logs() -> None:
-    logs.configure("console")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def identity(authority: Authority) -> Pair:
-    return authority.client(THING)
-
-
-@pytest.fixture
-async def peer(authority: Authority) -> AsyncIterator[MqttPeer]:
-    async with MqttPeer(authority.server_context()) as running:
-        yield running
-
-
-@pytest.fixture
-def cloud(authority: Authority, peer: MqttPeer) -> Cloud:
-    return Cloud(endpoint="localhost", port=peer.port, ca_file=authority.ca_file)
-
-
-@pytest.fixture
-def session(cloud: Cloud, identity: Pair) -> Session:
-    return make_session(THING, cloud, identity)
+pytestmark = pytest.mark.usefixtures("readable_logs")
 
 
 def most_in_a_second(packets: list[Packet], weight=lambda _: 1) -> int:

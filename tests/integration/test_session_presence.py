@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 
 import pytest
 
-from agent import logs
 from agent.cloud.session import Session
 from agent.settings import Cloud
-from tests.certificates import Authority, Pair
+from tests.certificates import Pair
 from tests.integration import mqtt_peer as mqtt
 from tests.integration.connected import child, line_of, link_where, make_session, running
 from tests.integration.mqtt_peer import MqttPeer
 
 THING, TOPIC = "cam-7", "t/presence"
-
-
-@pytest.fixture(autouse=True)
-def _readable_logs() -> None:
-    logs.configure("console")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def identity(authority: Authority) -> Pair:
-    return authority.client(THING)
-
-
-@pytest.fixture
-async def peer(authority: Authority) -> AsyncIterator[MqttPeer]:
-    async with MqttPeer(authority.server_context()) as running:
-        yield running
-
-
-@pytest.fixture
-def cloud(authority: Authority, peer: MqttPeer) -> Cloud:
-    return Cloud(endpoint="localhost", port=peer.port, ca_file=authority.ca_file)
+pytestmark = pytest.mark.usefixtures("readable_logs")
 
 
 @pytest.fixture

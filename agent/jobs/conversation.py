@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 from agent.cloud.jobs import Execution, JobsClient
 from agent.errors import CloudError
@@ -15,6 +16,7 @@ from agent.logs import get_logger
 
 RETRY_S = (2.0, 300.0)
 STEP_TIMEOUT_MINUTES = 240
+NO_VERSION = 2**31 - 1
 MALFORMED = ("InvalidRequest", "InvalidJson", "InvalidTopic")
 log = get_logger("jobs")
 
@@ -107,6 +109,8 @@ class Conversation:
             try:
                 execution = await self._jobs.describe(record.job_id, record.execution_number)
             except CloudError as error:
+                if error.code == "TerminalStateReached":
+                    return await self._how_it_ended(record)
                 event = _answer(error)
                 if event is not None and not isinstance(event, machine.Unclear):
                     return event
@@ -115,6 +119,15 @@ class Conversation:
                     return machine.Gone()  # it was deleted, and this is another one of its name
                 return machine.Seen(execution.status, execution.version_number)
             delay = await self.pause(delay)
+
+    async def _how_it_ended(self, record: Record) -> Event:
+        """The status of an execution that has ended, which a describe does not tell and the refusal of an update does.
+
+        The version that the update asks for is none that any execution can have, so it changes nothing.
+        """
+        never = replace(record, version_number=NO_VERSION)
+        answer = await self.try_once(never, "IN_PROGRESS", {"reason_code": "in_progress"})
+        return answer if isinstance(answer, machine.Seen) else machine.Gone()
 
 
 def _answer(error: CloudError) -> Event | None:

@@ -790,3 +790,17 @@ async def test_many_cancels_at_once_leave_one_end_in_the_journal(store):
         for _ in range(20):
             await store.read(lambda t: t.jobs())
         assert (await journal(store, "J"))["phase"] == "closed"
+
+
+@pytest.mark.parametrize("end", ["CANCELED", "TIMED_OUT"])
+async def test_how_the_cloud_ended_a_job_is_known_also_where_a_describe_does_not_tell(store, end):
+    cloud, work = JobsService(), Work()
+    cloud.create("J", DOCUMENT)
+    record = Record("J", 1, 1, Phase.RECEIVED, "restart", {"target": "agent"}, 0.0, queued_at=1.0)
+    await store.write(lambda t: t.put_job("J", 1, record.to_json(), finished=False))
+    cloud.end("J", end)
+    before = dict(cloud.executions[("J", 1)])
+    async with running(store, cloud, work):
+        assert (await closed(store, "J"))["superseded"] == end
+    assert work.runs == []
+    assert cloud.executions[("J", 1)] == before

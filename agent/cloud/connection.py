@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -354,8 +353,8 @@ def _client_options(
     )
 
 
-def facts_of(options: Options, certificate_id: str) -> Facts:
-    """What diagnose() may want to know. Blocking."""
+def facts_of(options: Options, certificate_id: str, now: float) -> Facts:
+    """What diagnose() may want to know of an attempt that began at `now`, epoch seconds. Blocking; loads cryptography."""
     starts = until = None
     with contextlib.suppress(CloudError):
         certificate = identity.read_certificate(options.certificate_file)
@@ -369,5 +368,5 @@ def facts_of(options: Options, certificate_id: str) -> Facts:
         certificate_until=until,
         clock_synchronised=clock_synchronised(),
         proxy=urlsplit(options.cloud.proxy_url).netloc.rpartition("@")[2],
-        now=time.time(),
+        now=now,
     )

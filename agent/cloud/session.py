@@ -29,7 +29,6 @@ from agent.cloud.offline import (
     Pace,
     blames_a_message,
     diagnose,
-    invalid_certificate,
     messages_held,
     publish_refused,
     subscriptions_refused,
@@ -221,15 +220,15 @@ class Session:
                     await self._hold_off(Diagnosis(error.code, error.message, error.hint))
                     continue
                 first = False
-                # Taken before: the clock may be set right meanwhile, and a refused handshake is told half a minute late.
-                facts = await asyncio.to_thread(facts_of, self._options, self._certificate_id)
-                if doubt := invalid_certificate(facts):
-                    self._set_link("connecting", **vars(doubt))
+                began = time.time()
                 failure, lasted_s = await self._try(connection)
                 if failure is None:
                     self._history = History()
                     continue
                 self._history = self._history.after(failure, time.monotonic(), lasted_s, self._pace)
+                # A refused handshake is told half a minute late; the clock may have been set right meanwhile.
+                at = time.time() if failure.was_connected else began
+                facts = await asyncio.to_thread(facts_of, self._options, self._certificate_id, at)
                 await self._hold_off(diagnose(failure, self._history, facts))
         finally:
             if self._link.state != "stopped":

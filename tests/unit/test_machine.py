@@ -91,7 +91,7 @@ def test_restarts_in_a_job_are_counted_and_end():
     assert record.details["reason_code"] == "restarted_too_often"
 
 
-@pytest.mark.conformance("F-12", "F-24")
+@pytest.mark.conformance("F-12")
 def test_an_operation_that_has_begun_something_is_asked_to_take_it_back_before_it_is_given_up():
     record, effect = advance(received(), Took(2))
     record = replace(record, progress={"state": "TRIAL"})

@@ -45,6 +45,7 @@ from agent.updates.fetch import Limits
 from agent.updates.gate import ConfigurationGate
 from agent.updates.packages import Packages
 from agent.updates.preflight import restart_target
+from agent.updates.restarts import Restarter
 from agent.updates.update import Update
 from agent.views import Parts, View
 
@@ -183,6 +184,7 @@ class Daemon:
             start("configuration", restarting, configuration.run)
             start("outbox", restarting, outbox.run)
             start("reports", restarting, reports.run)
+            start("updates", restarting, update.serve)
             if settings.updates.package_shadow:
                 start("packages", restarting, self._build_packages(thing, session, update).run)
 
@@ -196,7 +198,7 @@ class Daemon:
             Sources(
                 host=lambda: health.values,
                 capture=capture.close_window,
-                conditions=lambda: sorted({c["condition"] for c in parts.conditions()}),
+                conditions=lambda: sorted(self._conditions_set()),
             ),
             thing_name=thing,
             boot_id=clock.boot_id(),
@@ -212,9 +214,16 @@ class Daemon:
             keys_dir=settings.updates.keys_dir,
             downloads_dir=settings.paths.state_dir / "downloads",
             store=self._store,
-            units=self._units,
+            restarter=Restarter(
+                self._units,
+                clock.boot_id(),
+                self._instance,
+                reboot=partial(reboot, settings.jobs.reboot),
+                restart_agent=self._restart_agent,
+            ),
             capture=self._parts.capture,
             cloud_ok=partial(_is_connected, session),
+            conditions=self._conditions_set,
             mutation_lock=self._mutation_lock,
             agent_version=self._version,
             limits=Limits(proxy_url=settings.cloud.proxy_url),
@@ -262,10 +271,6 @@ class Daemon:
         )
 
     def _build_restart(self) -> Restart:
-        def restart_agent() -> None:
-            self._restart = True
-            self._stop.set()
-
         targets: Mapping[str, Callable[[], Awaitable[None]]] = {
             name: partial(restart_target, target, self._units)
             for name, target in self._settings.updates.targets.items()
@@ -282,11 +287,18 @@ class Daemon:
 
         return Restart(
             instance=self._instance,
-            restart_agent=restart_agent,
+            restart_agent=self._restart_agent,
             check_settings=check_settings,
             targets=targets,
             mutation_lock=self._mutation_lock,
         )
+
+    def _restart_agent(self) -> None:
+        self._restart = True
+        self._stop.set()
+
+    def _conditions_set(self) -> set[str]:
+        return {condition["condition"] for condition in self._parts.conditions()}
 
     def _build_configuration(self, thing: str, session: Session, update: Update) -> Configuration:
         return Configuration(

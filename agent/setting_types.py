@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints
 
+from agent.timetable import parse_window
+
 MAX_PORT = 65535
 MAX_SOCKET_PATH = 107
 """Bytes that Linux allows for the path of a socket."""
@@ -37,6 +39,22 @@ def _room_for_socket(folder: Path) -> Path:
     if length > MAX_SOCKET_PATH:
         raise ValueError(f"too long: the path of api.sock in it has {length} bytes, at most {MAX_SOCKET_PATH} work")
     return folder
+
+
+def _window(text: str) -> str:
+    parse_window(text)
+    return text
+
+
+def _time_zone(name: str) -> str:
+    if name != "UTC":
+        from zoneinfo import ZoneInfo
+
+        try:
+            ZoneInfo(name)
+        except (OSError, ValueError):
+            raise ValueError("give a name of the time zone database, such as Europe/Madrid") from None
+    return name
 
 
 def _host_name(name: str) -> str:
@@ -71,3 +89,6 @@ ProxyUrl = Annotated[str, AfterValidator(_proxy)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 Command = Annotated[list[str], Field(min_length=1), AfterValidator(_startable)]
 UnitName = Annotated[str, StringConstraints(pattern=r"^[^\s/\x00]{0,255}$")]
+PackageName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9+.-]{1,127})?$")]
+Window = Annotated[str, AfterValidator(_window)]
+TimeZone = Annotated[str, AfterValidator(_time_zone)]

@@ -23,7 +23,19 @@ from pydantic import (
 )
 
 from agent.errors import SettingsError
-from agent.setting_types import AbsolutePath, Command, HostName, Name, ProxyUrl, SocketDir, ThingName, UnitName
+from agent.setting_types import (
+    AbsolutePath,
+    Command,
+    HostName,
+    Name,
+    PackageName,
+    ProxyUrl,
+    SocketDir,
+    ThingName,
+    TimeZone,
+    UnitName,
+    Window,
+)
 
 DEFAULT_CONFIG_FILE = Path("/etc/camera-agent/agent.toml")
 Operation = Literal["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
@@ -129,7 +141,9 @@ class UpdateTarget(Section):
     installer: Literal["app", "deb", "rauc", "agent"]
     """How it is installed."""
     root: AbsolutePath | None = None
-    """Installer `app`: the folder of `slots/<digest>/` and the link `current`."""
+    """Installers `app` and `agent`: the folder of `slots/<digest>/` and the link `current`."""
+    package: PackageName = ""
+    """Installer `deb`: the Debian package that is updated."""
     unit: UnitName = ""
     """systemd unit restarted after the switch and watched by the gate."""
     restart: Command | None = None
@@ -139,11 +153,22 @@ class UpdateTarget(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> UpdateTarget:
-        if self.installer == "app" and self.root is None:
-            raise ValueError("installer app needs root, the folder of its slots")
+        if self.installer in ("app", "agent") and self.root is None:
+            raise ValueError(f"installer {self.installer} needs root, the folder of its slots")
+        if self.installer == "deb" and not self.package:
+            raise ValueError("installer deb needs package, the name of the Debian package")
         if self.unit and self.restart:
             raise ValueError("set unit or restart, not both")
         return self
+
+
+class RateLimit(Section):
+    """A cap on downloads at some hours."""
+
+    hours: Window
+    """When it holds, local time in `updates.time_zone`: `06:00-22:00` or `mon-fri 06:00-22:00`."""
+    bytes_per_s: Annotated[int, Field(ge=1024)]
+    """Most bytes per second."""
 
 
 class Updates(Section):
@@ -153,6 +178,20 @@ class Updates(Section):
     """Folder with root.json, the keys that software must be signed with. Without keys every update is refused."""
     targets: dict[Name, UpdateTarget] = {}
     """What may be updated."""
+    windows: list[Window] = []
+    """When a new version may be switched to, local time in `updates.time_zone`: `22:00-04:00`, `sat,sun 00:00-24:00`. Empty: always."""
+    time_zone: TimeZone = "UTC"
+    """IANA name of the time zone of `windows` and `rate_limits`."""
+    jitter_s: Annotated[float, Field(ge=0, le=86_400)] = 0
+    """Spreads a roll-out: each camera waits a time of its own, up to this many seconds, before a download and in a window."""
+    rate_limits: list[RateLimit] = []
+    """Caps on downloads by hour; where several hold, the lowest."""
+    apply_lock_max_s: Annotated[float, Field(ge=1, le=604_800)] = 3600
+    """Longest time for which the lock against switching can be taken at once, in seconds."""
+    apply_lock_users: list[str] = []
+    """System users, besides those who may write to the local API, that may hold the lock against switching."""
+    min_battery_percent: Annotated[float, Field(ge=0, le=100)] = 30
+    """On battery below this charge a camera waits before it switches; cameras without a battery are not asked."""
     package_shadow: bool = True
     """Report the versions that run in the shadow `$package`, which AWS IoT's software package catalog reads."""
 

@@ -101,6 +101,11 @@ class Tables:
         row = self._sql.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else default
 
+    def facts(self, prefix: str) -> dict[str, Any]:
+        """All facts whose keys begin with `prefix`."""
+        rows = self._sql.execute("SELECT key, value FROM facts WHERE substr(key, 1, ?) = ?", (len(prefix), prefix))
+        return {key: json.loads(value) for key, value in rows}
+
     def set_fact(self, key: str, value: Any) -> None:
         """Keep a JSON value under `key`."""
         self._sql.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))

@@ -176,7 +176,7 @@ class FakeCapture:
     def reference(self) -> dict[str, Any]:
         return {"front": {"rate_hz": 1.0}}
 
-    def compare(self, reference: dict[str, Any], since: float) -> Images:
+    def compare(self, reference: dict[str, Any], since: float, least_share: float = 0.8) -> Images:
         assert reference == self.reference()
         return self.verdict
 

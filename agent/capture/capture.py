@@ -18,7 +18,7 @@ from agent.capture.folders import Found, printable
 from agent.capture.governor import Governor
 from agent.capture.image_quality import Measures
 from agent.capture.reading import Examined, analyse, examine
-from agent.capture.reference import MINIMUM_SAMPLES, Comparison, History, compare_source, join
+from agent.capture.reference import LEAST_RATE, MINIMUM_SAMPLES, Comparison, History, compare_source, join
 from agent.capture.sources import FolderSource
 from agent.capture.window import Window
 from agent.errors import AgentError
@@ -370,8 +370,8 @@ class Capture:
         lacks = {n: s.history.lacking(asked, now, s.interval_s) for n, s in self._sources.items()}
         return "; ".join(f"{name}: {words}" for name, words in lacks.items() if words)
 
-    def compare(self, reference: Mapping[str, Any], since: float) -> Comparison:
-        """Whether images since the monotonic time `since` are as good as in `reference`."""
+    def compare(self, reference: Mapping[str, Any], since: float, least_share: float = LEAST_RATE) -> Comparison:
+        """Whether images since the monotonic time `since` are as good as in `reference`, with `least_share` of its rate."""
         if since != self._changed_at:
             self._changed_at = since
             for source in self._sources.values():
@@ -389,6 +389,7 @@ class Capture:
                     now=now,
                     interval_s=self._sources[name].interval_s,
                     settings=self._settings,
+                    least_share=least_share,
                 )
                 for name, before in reference.get("sources", {}).items()
                 if name in self._sources

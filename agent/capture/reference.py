@@ -241,8 +241,9 @@ def compare_source(
     now: float,
     interval_s: float,
     settings: Capture,
+    least_share: float = LEAST_RATE,
 ) -> Comparison:
-    """One source against its reference; only images that came after `since` count."""
+    """One source against its reference; only images that came after `since` count, `least_share` of them must come."""
     if before.get("silent"):
         return Comparison(0, True, False, [f"{name}: silent before the change, not judged"], "nothing")
     begin = max(since, history.begun)
@@ -253,7 +254,7 @@ def compare_source(
     notes: list[str] = []
     judged: Judged = "pictures"
     if before.get("flowing") and before.get("rate_hz"):
-        _judge_rate(arrivals, begin, now, min(before["rate_hz"], 1 / interval_s), worse, awaited)
+        _judge_rate(arrivals, begin, now, least_share, min(before["rate_hz"], 1 / interval_s), worse, awaited)
     else:
         _judge_presence(arrivals, begin, now, interval_s, worse, awaited)
         judged = "nothing"
@@ -290,7 +291,13 @@ def _judge_presence(
 
 
 def _judge_rate(
-    arrivals: Sequence[Arrival], begin: float, now: float, wanted_hz: float, worse: list[str], awaited: list[str]
+    arrivals: Sequence[Arrival],
+    begin: float,
+    now: float,
+    least_share: float,
+    wanted_hz: float,
+    worse: list[str],
+    awaited: list[str],
 ) -> None:
     """The rate over the last ten intervals, with one image of tolerance; a pipeline that has just been restarted gets
     half a minute to deliver its first images.
@@ -305,7 +312,7 @@ def _judge_rate(
         awaited.append(f"{len(arrivals)} images since the change, too few to tell the rate")
     elif not arrivals:
         worse.append(f"no image since the change, {wanted_hz:.2f} a second before")
-    elif count + 1 < LEAST_RATE * wanted_hz * (now - start):
+    elif count + 1 < least_share * wanted_hz * (now - start):
         worse.append(f"{rate:.2f} images a second, {wanted_hz:.2f} before the change")
 
 

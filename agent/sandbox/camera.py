@@ -18,7 +18,8 @@ from agent.sandbox import pipelinectl
 from agent.sandbox.aws import Aws
 from agent.sandbox.pipeline import CONFIG_SCHEMA, build_artifact
 from agent.sandbox.seed import Fleet, Identity
-from agent.updates.installers.app import App, unpack
+from agent.updates.archive import unpack
+from agent.updates.slots import Slots
 from agent.updates.trust import Installed
 
 SOCKET_PATH_LIMIT = 100
@@ -133,7 +134,7 @@ def make_camera(
 def install_first(root: Path, artifact: Path, version: str) -> str:
     """Put an artifact into its slot below `root` as the installer `app` does after a commit; returns its digest."""
     digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
-    app = App(root)
+    app = Slots(root)
     app.slots.mkdir(parents=True, exist_ok=True)
     unpack(artifact, app.slots / digest, max_bytes=2**30)
     record = Installed(name=PRODUCT, version=version, sha256=digest, security_counter=1)

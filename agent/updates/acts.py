@@ -6,58 +6,26 @@ import asyncio
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal
 
 from agent.errors import AgentError, FailedError
 from agent.host.threads import to_end
 from agent.logs import get_logger
-from agent.settings import UpdateTarget
-from agent.store import Store
 from agent.updates import records, trust
-from agent.updates.fetch import Limits, fetch
-from agent.updates.gate import Gate, Units, Verdict
-from agent.updates.installers import Installer
-from agent.updates.manifest import digest_of, parse_envelope, parse_manifest
-from agent.updates.preflight import bytes_on_disk, check_fit, check_space, discard_others, envelope_of, restart_target
+from agent.updates.case import Case
+from agent.updates.fetch import fetch
+from agent.updates.gate import Verdict
+from agent.updates.manifest import digest_of
+from agent.updates.preflight import bytes_on_disk, check_fit, check_space, discard_others
+from agent.updates.restarts import Restarts, kind_of, spacing_words
 from agent.updates.states import Outcome, State
-from agent.updates.trust import Installed
 
 log = get_logger("updates")
 
 PROGRESS_EVERY_S = 60.0
-
-
-class Job(Protocol):
-    """The job execution that asked for the update."""
-
-    id: str
-    document: Mapping[str, Any]
-    progress: dict[str, Any]
-    cancelled: asyncio.Event
-
-    async def save(self, progress: dict[str, Any], message: str, *, facts: Mapping[str, Any] | None = None) -> None: ...
-    async def fresh_document(self) -> Mapping[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What all updates of a camera share."""
-
-    keys_dir: Path
-    downloads_dir: Path
-    store: Store
-    units: Units | None
-    gate: Gate
-    mutation_lock: asyncio.Lock
-    agent_version: str
-    compatible: frozenset[str]
-    patience_s: float
-    limits: Limits
-    settle_s: float
-    settle_deadline_s: float
+OFFLINE_SAVE_S = 600.0
+MAX_COMMITS = 3
 
 
 class AlreadyInstalled(Exception):  # noqa: N818
@@ -65,100 +33,95 @@ class AlreadyInstalled(Exception):  # noqa: N818
 
 
 class Acts:
-    """The acts of one update. `progress` is the record that is saved; `facts` go with the next save."""
+    """The acts of one update."""
 
-    def __init__(
-        self,
-        job: Job,
-        name: str,
-        target: UpdateTarget,
-        installer: Installer,
-        around: Surroundings,
-        progress: dict[str, Any],
-        on_state: Callable[[State, str], None],
-    ) -> None:
-        self._job = job
-        self._name = name
-        self._target = target
-        self._installer = installer
-        self._around = around
-        self._progress = progress
-        self._on_state = on_state
-        self._envelope = envelope_of(job.document)
-        self.manifest = parse_manifest(parse_envelope(self._envelope).payload)
-        self.facts: dict[str, Any] = {}
-        self._told_wait = float("-inf")
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._around = case.around
+        self._installer = case.installer
+        self._manifest = case.manifest
+        self._progress = case.progress
+        self.restarts = Restarts(
+            kind_of(case.target, case.manifest.restart),
+            case.target,
+            case.around.restarter,
+            case.around.store,
+            lambda words: case.on_state(case.state, words),
+        )
+        self._told = float("-inf")
 
     async def verify(self) -> Outcome:
         """Signatures, floors, versions and fit. Raises RefusedError or AlreadyInstalled."""
-        manifest, around = self.manifest, self._around
-        kept = await records.read(around.store, self._name, manifest)
-        link, installed = await to_end(self._installer.running)
-        if installed is None and kept.installed and link and Path(link).name == kept.installed.sha256:
+        manifest, around, case = self._manifest, self._around, self._case
+        kept = await records.read(around.store, case.name, manifest)
+        running, installed = await self._installer.running()
+        if installed is None and kept.installed and running and Path(running).name == kept.installed.sha256:
             installed = kept.installed
         root = await to_end(trust.load_root, around.keys_dir, kept.root)
         if kept.now is None:
-            log.warning("the clock can't be believed, expiry is not checked", job_id=self._job.id)
-        verified = await to_end(trust.verify, self._envelope, root, kept.now)
-        check_fit(verified.manifest, self._name, self._target, around.compatible, self._products(installed))
+            log.warning("the clock can't be believed, expiry is not checked", job_id=case.job.id)
+        verified = await to_end(trust.verify, case.envelope, root, kept.now)
+        own = {"camera-agent": around.agent_version}
+        products = own | ({installed.name: installed.version} if installed else {})
+        check_fit(manifest, case.name, case.target, self._installer.restarts, around.compatible, products)
         floor = kept.floor
         if installed and installed.name == manifest.name:
             floor = max(floor, installed.security_counter)  # also when state.db, and the floor in it, was lost
         same = trust.check_version(verified, installed, floor) == "already_installed"
         if same and kept.installed and kept.installed.sha256 == manifest.sha256:
             raise AlreadyInstalled  # committed, not only in place: a trial may have been cut short
-        records.check_quarantine(kept.failures, self._job.id, manifest.sha256)
-        self.facts = records.seen_root(root, kept.now)
+        records.check_quarantine(kept.failures, case.job.id, manifest.sha256)
+        await self._installer.check(manifest)
+        case.facts = records.seen_root(root, kept.now)
         return Outcome.DONE
 
-    def _products(self, installed: Installed | None) -> dict[str, str]:
-        own = {"camera-agent": self._around.agent_version}
-        return own | ({installed.name: installed.version} if installed else {})
-
     async def preflight(self) -> Outcome:
-        await to_end(discard_others, self._around.downloads_dir, self.manifest.sha256)
+        await to_end(discard_others, self._around.downloads_dir, self._manifest.sha256)
         await self.check_room()
         return Outcome.DONE
 
     async def check_room(self) -> None:
         """Whether download and installation fit on the disk. Raises RefusedError."""
-        manifest, around = self.manifest, self._around
-        staged = await to_end(self._installer.probe, manifest.sha256) in ("staged", "active")
-        have = await to_end(bytes_on_disk, around.downloads_dir, manifest.sha256)
-        need = {around.downloads_dir: max(0, manifest.size - have)}
-        place = self._installer.free_space()
-        need[place] = need.get(place, 0) + (0 if staged else manifest.installed_size)
+        manifest, folder = self._manifest, self._around.downloads_dir
+        staged = await self._installer.probe(manifest) in ("staged", "active")
+        have = await to_end(bytes_on_disk, folder, manifest.sha256)
+        need = {folder: max(0, manifest.size - have)}
+        if not staged:
+            for place, size in self._installer.needs(manifest).items():
+                need[place] = need.get(place, 0) + size
         await to_end(check_space, need)
 
     async def download(self) -> Outcome:
-        manifest, around = self.manifest, self._around
+        manifest, case = self._manifest, self._case
+        await self.held("download")
         told = time.monotonic()
         saves: set[asyncio.Task[None]] = set()
 
         def say(words: str) -> None:
             nonlocal told
-            self._on_state(State.DOWNLOADING, words)
+            case.on_state(State.DOWNLOADING, words)
             if time.monotonic() - told >= PROGRESS_EVERY_S and not saves:
                 told = time.monotonic()
-                save = asyncio.create_task(self._job.save(copy.deepcopy(self._progress), words))
+                save = asyncio.create_task(case.job.save(copy.deepcopy(case.progress), words))
                 saves.add(save)
                 save.add_done_callback(saves.discard)
 
         def tell(done: int) -> None:
-            say(f"downloaded {100 * done // manifest.size} % of {manifest.size} bytes")
+            case.percent = 100 * done // manifest.size
+            say(f"downloaded {case.percent} % of {manifest.size} bytes")
 
         async def fresh_urls() -> list[str]:
-            return list((await self._job.fresh_document())["urls"])
+            return list((await case.job.fresh_document())["urls"])
 
         try:
             await fetch(
-                self._job.document["urls"],
+                case.job.document["urls"],
                 sha256=manifest.sha256,
                 size=manifest.size,
-                folder=around.downloads_dir,
-                patience_s=around.patience_s,
+                folder=self._around.downloads_dir,
+                patience_s=self._around.patience_s,
                 fresh_urls=fresh_urls,
-                limits=around.limits,
+                limits=self._around.limits,
                 on_progress=tell,
                 on_wait=say,
             )
@@ -168,111 +131,210 @@ class Acts:
         return Outcome.DONE
 
     async def check_digest(self) -> Outcome:
-        path = self._around.downloads_dir / self.manifest.sha256
+        path = self._around.downloads_dir / self._manifest.sha256
         with contextlib.suppress(FileNotFoundError):
-            if await to_end(digest_of, path) == self.manifest.sha256:
+            if await to_end(digest_of, path) == self._manifest.sha256:
                 return Outcome.DONE
         await to_end(path.unlink, missing_ok=True)
-        self.reason("digest_mismatch", "the downloaded file was damaged on this camera's disk, twice")
+        self._case.reason("digest_mismatch", "the downloaded file was damaged on this camera's disk, twice")
         return Outcome.AGAIN
 
+    async def note_what_runs(self) -> None:
+        """Keep in the record what there is to go back to."""
+        running, before = await self._installer.running()
+        self._progress.update({"from": running, "from_version": before.version if before else ""})
+
     async def install(self) -> Outcome:
-        if await to_end(self._installer.probe, self.manifest.sha256) in ("absent", "partial"):
-            artifact = self._around.downloads_dir / self.manifest.sha256
-            await to_end(self._installer.install, artifact, self.manifest)
-        await self._around.gate.settled(self.tell_wait)
+        """Stage it, to the end: what half an installation leaves is not to be counted on."""
+        manifest = self._manifest
+        if await self._installer.probe(manifest) in ("absent", "partial"):
+            artifact = self._around.downloads_dir / manifest.sha256
+
+            def tell(words: str) -> None:
+                self._case.on_state(State.INSTALLING, f"{manifest.name} {manifest.version}: {words}")
+
+            await self._installer.install(artifact, manifest, self._case.envelope, tell)
         return Outcome.DONE
 
-    async def tell_wait(self, words: str) -> None:
-        """Say in the status what the switch waits for, and to the cloud now and then."""
-        self._on_state(State.INSTALLING, f"{self.manifest.name} {self.manifest.version}: {words}")
-        if time.monotonic() - self._told_wait >= PROGRESS_EVERY_S:
-            self._told_wait = time.monotonic()
-            await self._job.save(copy.deepcopy(self._progress), words)
+    async def settle(self) -> Outcome:
+        """Wait for a reference of the images, for the trial to compare with."""
+        await self._around.gate.settled(self._tell_wait)
+        return Outcome.DONE
 
-    async def note_what_runs(self) -> None:
-        """Keep in the record what there is before the switch, for the trial and for going back."""
-        target = self._target
-        baseline = await self._around.gate.baseline(probe=target.probe, unit=target.unit)
-        link, before = await to_end(self._installer.running)
-        version = before.version if before else ""
-        self._progress.update({"from": link, "from_version": version, "baseline": baseline, "boots": 0})
+    async def held(self, before: Literal["download", "switch"]) -> bool:
+        """Wait until nothing holds the update any more; whether anything did."""
+        holds, waited = self._around.holds, False
+        while hold := await self._hold(before):
+            words, look_again_s = hold
+            waited = True
+            await self._tell_wait(words)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(look_again_s):
+                    await (holds.changed.wait() if holds else asyncio.Event().wait())
+            if holds:
+                holds.changed.clear()
+        return waited
+
+    async def is_held(self, before: Literal["download", "switch"]) -> bool:
+        """Whether something holds the update now."""
+        return await self._hold(before) is not None
+
+    async def _hold(self, before: Literal["download", "switch"]) -> tuple[str, float] | None:
+        holds = self._around.holds
+        if holds and (hold := await holds.hold(before, self._case.job.id)):
+            return hold.words, hold.look_again_s
+        if before == "switch" and self.restarts.kind == "reboot" and (left := await self.restarts.spacing_s()):
+            return spacing_words(left), left
+        return None
+
+    async def _tell_wait(self, words: str) -> None:
+        """Say in the status what is waited for, and to the cloud now and then."""
+        self._case.on_state(self._case.state, f"{self._manifest.name} {self._manifest.version}: {words}")
+        if time.monotonic() - self._told >= PROGRESS_EVERY_S:
+            self._told = time.monotonic()
+            await self._case.job.save(copy.deepcopy(self._progress), words)
+
+    async def note_how_things_are(self) -> None:
+        """Keep in the record how things are before the switch, for the trial."""
+        target = self._case.target
+        self._progress["baseline"] = await self._around.gate.baseline(probe=target.probe, unit=target.unit)
+        self._progress["boots"] = 0
 
     async def arm(self) -> Outcome:
-        await to_end(self._installer.arm, self.manifest.sha256)
+        await self._installer.arm(self._manifest)
         return Outcome.DONE
 
     async def restart(self) -> Outcome:
-        if self.manifest.restart != "none":
-            await restart_target(self._target, self._around.units)
+        await self.restarts.restart()
         return Outcome.DONE
 
     async def trial(self) -> Outcome:
-        if not await to_end(self._installer.verify_running, self.manifest.sha256):
-            self.reason("fell_back", f"{self.target_words()} is not on the new version any more")
+        if not await self._installer.verify_running(self._manifest):
+            self._case.reason("fell_back", await self.fell_back_words())
             return Outcome.FAILED
-        terms = self.manifest.gate
-        verdict = await self._around.gate.watch(
-            self._progress["baseline"],
-            since=self._progress["trial"]["since"],
-            stable_for_s=terms.stable_for_s,
-            deadline_s=terms.deadline_s,
-            unit=self._target.unit,
-            probe=self._target.probe,
-            cloud=True if terms.offline_policy == "roll_back" else None,
-            on_look=self._tell_look,
-        )
+        terms, was_online = self._manifest.gate, bool(self._progress["baseline"].get("cloud"))
+        verdict = await self._watch(terms.deadline_s, self._progress["trial"]["since"], cloud=was_online)
+        if verdict.passed and not was_online and not self._around.gate.cloud_ok():
+            verdict = await self._wait_for_the_cloud(verdict)
         if verdict.passed:
             self._progress["gate"] = verdict.reasons[0]
             return Outcome.DONE
-        self.reason(verdict.code, "; ".join(verdict.reasons))
+        self._case.reason(verdict.code, "; ".join(verdict.reasons))
         return Outcome.FAILED
 
-    def _tell_look(self, verdict: Verdict) -> None:
-        self._on_state(State.TRIAL, "; ".join(verdict.reasons))
+    async def fell_back_words(self) -> str:
+        """That the target is not on the new version any more, with the installer's own words on why."""
+        why = getattr(self._installer, "why_not_running", None)
+        words = await why() if why else ""
+        return f"target {self._case.name} is not on the new version any more" + (f": {words}" if words else "")
+
+    async def _watch(self, deadline_s: float, since: float, *, cloud: bool) -> Verdict:
+        terms = self._manifest.gate
+        return await self._around.gate.watch(
+            self._progress["baseline"],
+            since=since,
+            stable_for_s=terms.stable_for_s,
+            deadline_s=deadline_s,
+            unit=self._case.target.unit,
+            probe=self._case.target.probe,
+            cloud=cloud,
+            least_share=terms.min_capture_ratio,
+            on_look=lambda verdict: self._case.on_state(State.TRIAL, "; ".join(verdict.reasons)),
+        )
+
+    async def _wait_for_the_cloud(self, proven: Verdict) -> Verdict:
+        """The camera was off-line before: for a day the cloud may come back, then the manifest's policy decides.
+
+        All else has been proven, so the boots of that day are not counted against the new version.
+        """
+        patience_s, started = self._around.offline_patience_s, time.monotonic()
+        waited: float = self._progress.get("offline_s", 0.0)
+        self._progress["boots"] = 0
+        while (left := patience_s - waited) > 0:
+            await self._case.save(
+                f"{self._manifest.name} {self._manifest.version}: all is well but for the cloud, awaited"
+            )
+            verdict = await self._watch(
+                min(left, OFFLINE_SAVE_S) + self._manifest.gate.stable_for_s, started, cloud=True
+            )
+            waited += time.monotonic() - started
+            started = time.monotonic()
+            self._progress["offline_s"] = waited
+            if verdict.passed or verdict.code != "cloud_lost":
+                return verdict
+        if self._manifest.gate.offline_policy == "commit":
+            return Verdict(True, reasons=(f"{proven.reasons[0]}; the cloud was not reached before nor after",))
+        return Verdict(False, "cloud_lost", (f"the cloud was not reached within {patience_s:g} s",))
 
     async def commit(self) -> Outcome:
-        """The decision is made; what goes wrong in tidying up can't change it."""
-        manifest = self.manifest
-        record = asdict(Installed(manifest.name, manifest.version, manifest.sha256, manifest.security_counter))
+        """The trial is passed; what goes wrong in tidying up can't change that, only a version that does not stay can."""
+        manifest = self._manifest
+        if not await self._installer.verify_running(manifest):
+            if self._progress["attempts"][State.COMMITTING] > MAX_COMMITS:
+                self._case.reason("fell_back", await self.fell_back_words())
+                return Outcome.FAILED
+            await self._installer.arm(manifest)
+            await self.restarts.restart()
         try:
-            if not await to_end(self._installer.verify_running, manifest.sha256):
-                await self.arm()
-                await self.restart()
-            await to_end(self._installer.commit, manifest.sha256, self._progress.get("from"), record)
+            await self._installer.commit(manifest, self._progress.get("from"))
             await to_end(discard_others, self._around.downloads_dir, "-")
-        except (AgentError, OSError) as error:
-            log.warning("tidying up after an update failed", target=self._name, reason=str(error))
+        except OSError as error:
+            log.warning("tidying up after an update failed", target=self._case.name, reason=str(error))
         return Outcome.DONE
 
     async def roll_back(self) -> Outcome:
         """Back to what was before, and see that it runs. Without a version before, a restart may well fail."""
-        before = self._progress.get("from")
+        case, before = self._case, self._progress.get("from")
+        if self._manifest.rollback == "no":
+            case.rollback_failed("it is signed with rollback = no")
+            return Outcome.FAILED
         await to_end(discard_others, self._around.downloads_dir, "-")
-        await to_end(self._installer.roll_back, before)
-        restarts = self.manifest.restart != "none" and "RESTARTING" in self._progress["attempts"]
-        if before is None:
-            with contextlib.suppress(FailedError):
-                await self.restart()
-        elif restarts:
-            await self.restart()
-            verdict = await self._old_runs()
-            if not verdict.passed:
-                self.rollback_failed("; ".join(verdict.reasons))
+        back = await self._is_back()
+        if self.restarts.ends_process and not back and "undone" not in self._progress:
+            self._progress["undone"] = self.restarts.now()
+            await case.save(f"{self._manifest.name} {self._manifest.version}: going back")
+        await self._installer.roll_back(before)
+        if "RESTARTING" in self._progress["attempts"] or self.restarts.ends_process:
+            if before is None:
+                if not back:
+                    with contextlib.suppress(FailedError):
+                        await self.restarts.restart()
+            elif not await self._runs_again(back):
                 return Outcome.FAILED
-        await to_end(self._installer.clean_up, frozenset({before} if before else ()))
+        await self._installer.clean_up(frozenset({before} if before else ()))
         return Outcome.DONE
+
+    async def _is_back(self) -> bool:
+        """Whether the version before already runs, as the camera or the agent was restarted into it."""
+        if not self.restarts.ends_process:
+            return False
+        if "undone" in self._progress:
+            return self.restarts.happened(self._progress["undone"])
+        running, _ = await self._installer.running()
+        return running == self._progress.get("from")
+
+    async def _runs_again(self, back: bool) -> bool:
+        if not back:
+            await self.restarts.restart()
+        running, _ = await self._installer.running()
+        if running != self._progress.get("from"):
+            self._case.rollback_failed(f"{running or 'nothing'} runs instead of {self._progress.get('from')}")
+            return False
+        verdict = await self._old_runs()
+        if not verdict.passed:
+            self._case.rollback_failed("; ".join(verdict.reasons))
+        return bool(verdict.passed)
 
     async def _old_runs(self) -> Verdict:
         """Unit and probe, as far as they were well before the update."""
-        baseline = self._progress.get("baseline", {})
+        baseline, target = self._progress.get("baseline", {}), self._case.target
         return await self._around.gate.watch(
             baseline,
             since=time.monotonic(),
             stable_for_s=self._around.settle_s,
             deadline_s=self._around.settle_deadline_s,
-            unit=self._target.unit if baseline.get("unit") else "",
-            probe=self._target.probe if baseline.get("probe") else None,
+            unit=target.unit if baseline.get("unit") else "",
+            probe=target.probe if baseline.get("probe") else None,
             cloud=False,
             images=False,
         )
@@ -280,18 +342,6 @@ class Acts:
     async def forget_staged(self) -> None:
         """Remove what an update that ends before the switch has staged."""
         try:
-            await to_end(self._installer.forget, self.manifest.sha256)
+            await self._installer.forget(self._manifest)
         except (AgentError, OSError) as error:
-            log.warning("tidying up failed", target=self._name, reason=str(error))
-
-    def reason(self, code: str, message: str, hint: str = "") -> None:
-        self._progress["reason"] = {"code": code, "message": message, "hint": hint}
-
-    def rollback_failed(self, why: str) -> None:
-        first = self._progress.get("reason", {}).get("message", "the update failed")
-        self.reason(
-            "rollback_failed", f"{first}; going back failed too: {why}", "look at the camera; a new update can mend it"
-        )
-
-    def target_words(self) -> str:
-        return f"target {self._name}"
+            log.warning("tidying up failed", target=self._case.name, reason=str(error))

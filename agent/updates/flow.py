@@ -10,13 +10,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from agent.errors import AgentError, FailedError, RefusedError, StoreError
-from agent.host.clock import boot_id
-from agent.host.threads import to_end
 from agent.logs import get_logger
-from agent.settings import UpdateTarget
 from agent.updates import records
-from agent.updates.acts import Acts, AlreadyInstalled, Job, Surroundings
-from agent.updates.installers import Installer
+from agent.updates.acts import Acts, AlreadyInstalled
+from agent.updates.case import Case
 from agent.updates.states import FINAL, UNTOUCHED, Outcome, Seen, Slot, State, following, rebuild, resume
 
 T = TypeVar("T")
@@ -28,7 +25,7 @@ MESSAGES = {
     State.PREFLIGHT: "checking space",
     State.DOWNLOADING: "downloading",
     State.DOWNLOADED: "checking the digest",
-    State.WAITING: "waiting for another change to end",
+    State.WAITING: "waiting for its time",
     State.INSTALLING: "installing beside what runs",
     State.ARMED: "switching to the new version",
     State.RESTARTING: "restarting",
@@ -44,31 +41,20 @@ MESSAGES = {
 class Flow:
     """One update of one target."""
 
-    def __init__(
-        self,
-        job: Job,
-        name: str,
-        target: UpdateTarget,
-        installer: Installer,
-        around: Surroundings,
-        on_state: Callable[[State, str], None],
-    ) -> None:
-        self._job = job
-        self._name = name
-        self._target = target
-        self._installer = installer
-        self._around = around
-        self._on_state = on_state
-        self._progress: dict[str, Any] = {}
-        self._acts = Acts(job, name, target, installer, around, self._progress, on_state)
-        self.manifest = self._acts.manifest
-        self._boot = ""
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._job = case.job
+        self._progress = case.progress
+        self._installer = case.installer
+        self._around = case.around
+        self._acts = Acts(case)
         self._floor = 0
         self._failures: dict[str, Any] = {}
         self._holds_lock = False
 
     async def run(self) -> dict[str, str]:
         """Returns the details of SUCCEEDED. Raises RefusedError, FailedError."""
+        manifest = self._case.manifest
         try:
             state, save = await self._first_state()
             while True:
@@ -80,8 +66,8 @@ class Flow:
                 outcome = await self._attempt(state)
                 state = following(state, outcome, self._seen(state))
         except AlreadyInstalled:
-            words = f"{self.manifest.name} {self.manifest.version} is installed already"
-            return {"reason_code": "already_installed", "message": words, "version": self.manifest.version}
+            words = f"{manifest.name} {manifest.version} is installed already"
+            return {"reason_code": "already_installed", "message": words, "version": manifest.version}
         except RefusedError:
             if self._has_staged():
                 await self._acts.forget_staged()
@@ -90,102 +76,91 @@ class Flow:
             await self._take_back_unrecorded()
             raise
         finally:
-            if self._holds_lock:
-                self._around.mutation_lock.release()
+            self._unlock()
 
     async def _first_state(self) -> tuple[State, bool]:
         """Where to begin or go on, and whether that has yet to be saved."""
-        self._boot = await to_end(boot_id)
-        kept = await records.read(self._around.store, self._name, self.manifest)
+        case, manifest = self._case, self._case.manifest
+        kept = await records.read(self._around.store, case.name, manifest)
         self._floor, self._failures = kept.floor, kept.failures
-        slot = await to_end(self._installer.probe, self.manifest.sha256)
         if not self._job.progress:
             return State.RECEIVED, True
+        slot = await self._installer.probe(manifest)
+        running, _ = await self._installer.running()
         try:
             self._progress.update(copy.deepcopy(self._job.progress))
             state = State(self._progress["state"])
-            after = resume(state, self._seen(state, slot))
+            after = resume(state, self._seen(state, slot, running))
         except (KeyError, ValueError, TypeError, AttributeError):
             log.exception("the record of an update can't be read, going by what is there", job_id=self._job.id)
             self._progress.clear()
-            self._progress["from"] = f"slots/{kept.installed.sha256}" if kept.installed else None
-            state = after = rebuild(
-                slot, committed=bool(kept.installed and kept.installed.sha256 == self.manifest.sha256)
-            )
-            self._acts.reason("interrupted", "the record of this update can't be read")
+            self._progress["from"], _ = await self._installer.previous()
+            committed = bool(kept.installed and kept.installed.sha256 == manifest.sha256)
+            state = after = rebuild(slot, committed=committed)
+            case.reason("interrupted", "the record of this update can't be read")
         log.info("going on with an update", job_id=self._job.id, saved=state, state=after, slot=slot)
-        if after is not state and "reason" not in self._progress:
-            fell_back = state in (State.TRIAL, State.RESTARTING) and slot != "active"
-            if self._job.cancelled.is_set() and after is State.FAILED:
-                self._acts.reason("cancelled", "the job was cancelled, nothing was changed")
-            elif fell_back:
-                self._acts.reason("fell_back", f"{self._acts.target_words()} is not on the new version any more")
-            else:
-                self._acts.reason("interrupted", f"the update was interrupted too often in {state}")
-            if after not in (State.ROLLING_BACK, State.FAILED):
-                del self._progress["reason"]
-        if after is State.FAILED and state is State.ROLLING_BACK:
-            self._acts.rollback_failed("it was interrupted too often")
+        await self._explain(state, after, slot)
         if after in UNTOUCHED and after is not State.RECEIVED:
             await self._acts.verify()
         if after not in FINAL and (after not in UNTOUCHED or after is State.INSTALLING):
             await self._lock()
         return after, not (after in FINAL and after is state)
 
+    async def _explain(self, state: State, after: State, slot: Slot) -> None:
+        """The reason, where the restart itself is why the update does not go on as it was."""
+        case = self._case
+        if after is not state and "reason" not in self._progress and after in (State.ROLLING_BACK, State.FAILED):
+            if self._job.cancelled.is_set() and after is State.FAILED:
+                case.reason("cancelled", "the job was cancelled, nothing was changed")
+            elif state in (State.TRIAL, State.RESTARTING) and slot != "active":
+                case.reason("fell_back", await self._acts.fell_back_words())
+            elif state is State.INSTALLING and after is State.ROLLING_BACK:
+                case.reason("interrupted", "the camera started what was only being installed")
+            else:
+                case.reason("interrupted", f"the update was interrupted too often in {state}")
+        if after is State.FAILED and state is State.ROLLING_BACK:
+            case.rollback_failed("it was interrupted too often")
+
     async def _enter(self, state: State) -> None:
         """Make `state` durable with what its act needs; only then the act may begin."""
-        progress = self._progress
-        if state is State.ARMED and "baseline" not in progress:
+        case, progress = self._case, self._progress
+        if state is State.INSTALLING and "from" not in progress:
             await self._acts.note_what_runs()
+        if state is State.ARMED and "baseline" not in progress:
+            await self._acts.note_how_things_are()
         progress["schema"], progress["state"] = 1, str(state)
         attempts = progress.setdefault("attempts", {})
         attempts[state] = attempts.get(state, 0) + 1
         if state not in (State.DOWNLOADING, State.WAITING):
             progress["entries"] = progress.get("entries", 0) + 1
-        facts, self._acts.facts = self._acts.facts, {}
         if state is State.DOWNLOADING:
             progress.pop("reason", None)
         if state in (State.ROLLING_BACK, State.FAILED) and "reason" not in progress:
-            self._acts.reason("interrupted", "the update began again too often")
+            case.reason("interrupted", "the update began again too often")
         if state is State.RESTARTING:
-            progress["boot_id"] = self._boot
+            progress["restart"] = self._acts.restarts.now()
         if state is State.TRIAL:
-            progress["boots"] = progress.get("boots", 0) + 1
-            if progress.get("trial", {}).get("boot_id") != self._boot:
-                progress["trial"] = {"since": time.monotonic(), "boot_id": self._boot}
-        if state is State.COMMITTING:
-            facts |= records.committed(self._name, self.manifest, self._floor)
+            self._note_trial()
+        if state is State.COMMITTED:
+            case.facts |= records.committed(case.name, case.manifest, self._floor)
         if state in (State.ROLLED_BACK, State.FAILED) and State.INSTALLING in attempts:
-            code = progress["reason"]["code"]
-            facts |= records.failed(self._name, self.manifest, self._job.id, self._failures, code)
+            case.facts |= records.failed(case.name, case.manifest, self._job.id, self._failures, progress["reason"])
         message = self._message(state)
-        await self._job.save(copy.deepcopy(progress), message, facts=facts)
-        self._on_state(state, message)
-        log.info("update", job_id=self._job.id, target=self._name, version=self.manifest.version, state=state)
+        await case.save(message)
+        case.on_state(state, message)
+        log.info("update", job_id=self._job.id, target=case.name, version=case.manifest.version, state=state)
+
+    def _note_trial(self) -> None:
+        """Another boot of the trial; its time begins anew with each, as the monotonic clock does."""
+        progress, boot_id = self._progress, self._around.restarter.boot_id
+        progress["boots"] = progress.get("boots", 0) + 1
+        if progress.get("trial", {}).get("boot_id") != boot_id:
+            progress["trial"] = {"since": time.monotonic(), "boot_id": boot_id}
 
     async def _attempt(self, state: State) -> Outcome:
         """Do the act of `state`; whatever goes wrong is kept as the reason."""
-        acts: dict[State, Callable[[], Coroutine[Any, Any, Outcome]]] = {
-            State.RECEIVED: self._acts.verify,
-            State.VERIFIED: self._nothing,
-            State.PREFLIGHT: self._acts.preflight,
-            State.DOWNLOADING: self._acts.download,
-            State.DOWNLOADED: self._acts.check_digest,
-            State.WAITING: self._lock,
-            State.INSTALLING: self._acts.install,
-            State.ARMED: self._acts.arm,
-            State.RESTARTING: self._acts.restart,
-            State.TRIAL: self._acts.trial,
-            State.COMMITTING: self._acts.commit,
-            State.ROLLING_BACK: self._acts.roll_back,
-        }
         try:
-            if state in UNTOUCHED:
-                outcome = await self._unless_cancelled(acts[state](), "nothing was changed")
-            elif state is State.TRIAL:
-                outcome = await self._unless_cancelled(acts[state](), "the version before comes back")
-            else:
-                outcome = await acts[state]()
+            outcome = await self._act(state)
         except (AlreadyInstalled, RefusedError, StoreError):
             raise
         except AgentError as error:
@@ -202,6 +177,30 @@ class Flow:
             await self._acts.forget_staged()
         return outcome
 
+    async def _act(self, state: State) -> Outcome:
+        acts: dict[State, Callable[[], Coroutine[Any, Any, Outcome]]] = {
+            State.RECEIVED: self._acts.verify,
+            State.VERIFIED: self._nothing,
+            State.PREFLIGHT: self._acts.preflight,
+            State.DOWNLOADING: self._acts.download,
+            State.DOWNLOADED: self._acts.check_digest,
+            State.WAITING: self._permission,
+            State.INSTALLING: self._acts.install,
+            State.ARMED: self._acts.arm,
+            State.RESTARTING: self._acts.restart,
+            State.TRIAL: self._acts.trial,
+            State.COMMITTING: self._acts.commit,
+            State.ROLLING_BACK: self._acts.roll_back,
+        }
+        if state is State.TRIAL:
+            return await self._unless_cancelled(acts[state](), "the version before comes back")
+        if state is State.INSTALLING:  # an installer is not stopped half-way
+            await acts[state]()
+            return await self._unless_cancelled(self._ready_to_switch(), "nothing was changed")
+        if state in UNTOUCHED:
+            return await self._unless_cancelled(acts[state](), "nothing was changed")
+        return await acts[state]()
+
     def _has_staged(self) -> bool:
         """Whether this execution may have staged a slot: what others have staged is not its to remove."""
         return State.INSTALLING in self._progress.get("attempts", {})
@@ -209,20 +208,43 @@ class Flow:
     async def _nothing(self) -> Outcome:
         return Outcome.DONE
 
-    async def _lock(self) -> Outcome:
+    async def _ready_to_switch(self) -> Outcome:
+        await self._acts.settle()
+        return await self._permission()
+
+    async def _permission(self) -> Outcome:
+        """Return with the lock against other changes once nothing else holds the update; never keep it while waiting."""
+        while await self._waited():
+            pass
+        return Outcome.DONE
+
+    async def _waited(self) -> bool:
+        if not self._holds_lock and await self._acts.held("switch"):
+            return True
+        await self._lock()
+        if await self._acts.is_held("switch"):
+            self._unlock()
+            return True
+        return False
+
+    async def _lock(self) -> None:
         if not self._holds_lock:
             await self._around.mutation_lock.acquire()
             self._holds_lock = True
-        return Outcome.DONE
+
+    def _unlock(self) -> None:
+        if self._holds_lock:
+            self._around.mutation_lock.release()
+            self._holds_lock = False
 
     async def _take_back_unrecorded(self) -> None:
         """The store can't be written, so no decision can be kept: what runs must be what the last one said."""
         state = self._job.progress.get("state")
         if state in (State.ARMED, State.RESTARTING, State.TRIAL, State.ROLLING_BACK):
-            log.error("state.db can't be written in the middle of an update, going back", target=self._name)
+            log.error("state.db can't be written in the middle of an update, going back", target=self._case.name)
             with contextlib.suppress(AgentError, OSError):
-                await to_end(self._installer.roll_back, self._progress.get("from"))
-                await self._acts.restart()
+                await self._installer.roll_back(self._progress.get("from"))
+                await self._acts.restarts.restart()
 
     async def _unless_cancelled(self, act: Coroutine[Any, Any, T], then: str) -> T:
         """The act's result; when the job is cancelled first, the act is stopped. Raises FailedError cancelled, with what follows."""
@@ -239,34 +261,35 @@ class Flow:
             raise FailedError("cancelled", f"the job was cancelled, {then}")
         return work.result()
 
-    def _seen(self, state: State, slot: Slot = "absent") -> Seen:
+    def _seen(self, state: State, slot: Slot = "absent", running: str | None = None) -> Seen:
         progress = self._progress
         return Seen(
             slot=slot,
             attempts=progress.get("attempts", {}).get(state, 1),
             entries=progress.get("entries", 1),
             boots=progress.get("boots", 0),
-            boot_changed=progress.get("boot_id", self._boot) != self._boot,
+            restarted=self._acts.restarts.happened(progress.get("restart")),
+            moved="from" in progress and running != progress["from"],
             cancelled=self._job.cancelled.is_set(),
         )
 
     def _failed(self, state: State, code: str, message: str, hint: str = "") -> None:
         if state is State.ROLLING_BACK:
-            self._acts.rollback_failed(message)
+            self._case.rollback_failed(message)
         else:
-            self._acts.reason(code, message, hint)
+            self._case.reason(code, message, hint)
 
     def _message(self, state: State) -> str:
         words = MESSAGES[state]
         if state in (State.ROLLING_BACK, State.FAILED):
             words = f"{words}: {self._progress['reason']['message']}"
-        return f"{self.manifest.name} {self.manifest.version}: {words}"
+        return f"{self._case.manifest.name} {self._case.manifest.version}: {words}"
 
     def _end(self, state: State) -> dict[str, str]:
         """The terminal status that a final state stands for."""
-        manifest, progress = self.manifest, self._progress
+        manifest, progress = self._case.manifest, self._progress
         if state is State.COMMITTED:
-            words = f"{manifest.name} {manifest.version} runs on {self._name}; {progress.get('gate', 'proven')}"
+            words = f"{manifest.name} {manifest.version} runs on {self._case.name}; {progress.get('gate', 'proven')}"
             return {"reason_code": "updated", "message": words, "version": manifest.version}
         reason = progress["reason"]
         message = reason["message"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ LONGEST_GAP_S = 40.0
 PROBE_TIMEOUT_S = 30.0
 WAIT_LOOK_S = 0.5
 MAX_UNIT_RESTARTS = 3
+MACHINE = frozenset({"memory.low", "temperature.high", "disk.read_only"})
+"""Conditions that a trial must not bring about."""
 
 
 class UnitState(Protocol):
@@ -68,7 +70,7 @@ class Capture(Protocol):
 
     def lacking(self) -> str: ...
     def reference(self) -> dict[str, Any]: ...
-    def compare(self, reference: dict[str, Any], since: float) -> Comparison: ...
+    def compare(self, reference: dict[str, Any], since: float, least_share: float) -> Comparison: ...
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,18 @@ async def _log_only(words: str) -> None:
 class Gate:
     """Looks at the unit, the probe, the images and the cloud around a change."""
 
-    def __init__(self, units: Units | None, capture: Capture | None, cloud_ok: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        units: Units | None,
+        capture: Capture | None,
+        cloud_ok: Callable[[], bool],
+        conditions: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
+        """`conditions` gives the names of the conditions that are set."""
+        self.cloud_ok = cloud_ok
         self._units = units
         self._capture = capture
-        self._cloud_ok = cloud_ok
+        self._conditions = conditions
 
     async def settled(self, on_wait: Callable[[str], Awaitable[None]] = _log_only) -> None:
         """Wait until there is a reference of the images, or it is plain that there will be none soon.
@@ -170,7 +180,8 @@ class Gate:
         """How things are just before a change, as JSON for `watch`; `settled` first."""
         return {
             "capture": self._capture.reference() if self._capture else None,
-            "cloud": self._cloud_ok(),
+            "cloud": self.cloud_ok(),
+            "machine": self._machine(),
             "probe": (await check_probe(probe)).ok if probe else None,
             "unit": (await self._unit(unit, _Restarts())).ok if unit else None,
         }
@@ -186,11 +197,13 @@ class Gate:
         probe: Sequence[str] | None = None,
         cloud: bool | None = None,
         images: bool = True,
+        least_share: float = 0.8,
         on_look: Callable[[Verdict], None] = lambda _: None,
     ) -> Verdict:
         """Look again and again until the change at the monotonic time `since` has passed or failed.
 
-        The cloud is asked when it was reachable before, or as `cloud` says; the images unless `images` is False.
+        The cloud is asked when it was reachable before, or as `cloud` says; the images unless `images` is False, with
+        `least_share` of their rate before.
         """
         terms = Terms(since, stable_for_s, deadline_s)
         pause = min(5.0, stable_for_s / 10)
@@ -202,9 +215,12 @@ class Gate:
             if probe:
                 checks.append(await check_probe(probe))
             if images and self._capture and baseline.get("capture") is not None:
-                checks.append(self._images(self._capture, baseline["capture"], since, stable_for_s))
+                checks.append(self._images(self._capture, baseline["capture"], since, stable_for_s, least_share))
+            if worse := sorted(set(self._machine()) - set(baseline.get("machine", MACHINE))):
+                words = f"since the change: {', '.join(worse)}"
+                checks.append(Check("machine", False, words, "machine_worse", harmful_after_s(stable_for_s)))
             if baseline.get("cloud") if cloud is None else cloud:
-                checks.append(Check("cloud", self._cloud_ok(), "the cloud is not reached again", "cloud_lost"))
+                checks.append(Check("cloud", self.cloud_ok(), "the cloud is not reached again", "cloud_lost"))
             seen, verdict = judge(seen, checks, time.monotonic(), terms)
             on_look(verdict)
             if verdict.passed is not None:
@@ -229,9 +245,15 @@ class Gate:
         ok = state.active in ("active", "reloading")
         return Check("unit", ok, "" if ok else f"{unit} is {state.active} ({state.sub})", "unit_failed")
 
-    def _images(self, capture: Capture, reference: dict[str, Any], since: float, stable_for_s: float) -> Check:
+    def _machine(self) -> list[str]:
+        """What is set of the conditions that a bad program brings about."""
+        return sorted(set(self._conditions()) & MACHINE)
+
+    def _images(
+        self, capture: Capture, reference: dict[str, Any], since: float, stable_for_s: float, least_share: float
+    ) -> Check:
         try:
-            seen = capture.compare(reference, since)
+            seen = capture.compare(reference, since, least_share)
         except AgentError as error:
             return Check("images", None, error.message, "capture_worse")
         words = "; ".join(seen.reasons)

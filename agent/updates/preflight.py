@@ -15,14 +15,14 @@ from agent.host import processes
 from agent.host.files import free_bytes
 from agent.settings import UpdateTarget
 from agent.updates.gate import Units
-from agent.updates.installers import SUPPORTED
 from agent.updates.manifest import Manifest
 from agent.versions import compare_versions
 
 RESTART_TIMEOUT_S = 120.0
 MIN_SPACE = 64 * 2**20
 MIN_SPACE_SHARE = 0.05
-CAPTURE_RATIO = 0.8
+MIN_INODES = 1000
+MIN_INODE_SHARE = 0.01
 
 
 def envelope_of(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,25 +37,23 @@ def check_fit(
     manifest: Manifest,
     name: str,
     target: UpdateTarget,
+    restarts: Collection[str],
     compatible: Collection[str],
     products: Mapping[str, str],
 ) -> None:
     """Whether an update is meant for this target of this camera. Raises RefusedError.
 
-    `compatible` are the kinds of camera this one is, `products` the versions of what is installed.
+    `restarts` are the restarts that the target's installer can do, `compatible` are the kinds of camera this one is, `products` the versions of what is installed.
     """
     if manifest.target != name:
         raise _unfit("wrong_target", f"it is signed for target {manifest.target}, the job names {name}")
     if manifest.installer != target.installer:
         raise _unfit("wrong_installer", f"it is for installer {manifest.installer}, the target has {target.installer}")
-    if target.installer not in SUPPORTED:
-        raise _unfit("installer_not_supported", f"this agent has no installer {target.installer} yet")
-    if manifest.restart == "reboot" or manifest.rollback == "no":
-        raise _unfit("not_supported", "this agent can't do restart = reboot or rollback = no for an app yet")
-    if manifest.restart == "unit" and not (target.unit or target.restart):
+    if manifest.restart not in restarts:
+        ways = " or ".join(sorted(restarts))
+        raise _unfit("restart_not_possible", f"restart = {manifest.restart}, installer {target.installer} takes {ways}")
+    if manifest.restart == "unit" and target.installer != "agent" and not (target.unit or target.restart):
         raise _unfit("restart_unknown", f"target {name} has neither unit nor restart, nothing says how to restart it")
-    if manifest.gate.min_capture_ratio != CAPTURE_RATIO:
-        raise _unfit("not_supported", f"this agent compares the image rate at {CAPTURE_RATIO} of before only")
     if manifest.arch not in ("any", platform.machine()):
         raise _unfit("not_compatible", f"it is built for {manifest.arch}, this is {platform.machine()}")
     if manifest.compatible and not set(manifest.compatible) & set(compatible):
@@ -68,9 +66,10 @@ def check_fit(
 
 
 def check_space(need: Mapping[Path, int]) -> None:
-    """Whether there is room for `need` bytes at each place, with a margin. Blocking. Raises RefusedError.
+    """Whether there is room for `need` bytes at each place, with a margin. Blocking. Raises RefusedError no_space, no_inodes.
 
-    Places on one file system are added up; the margin is 64 MiB or 5 % of the file system, whichever is more.
+    Places on one file system are added up; the margin is 64 MiB or 5 % of the file system, whichever is more. Of its
+    inodes 1000, or 1 %, must be free where it counts them.
     """
     systems: dict[int, tuple[Path, int]] = {}
     for place, size in need.items():
@@ -88,6 +87,12 @@ def check_space(need: Mapping[Path, int]) -> None:
                 "no_space",
                 f"{path} has {free // 2**20} MiB free, the update needs {wanted // 2**20} MiB with its margin",
                 "free some space and start the job again",
+            )
+        if state.f_files and state.f_favail < max(MIN_INODES, int(MIN_INODE_SHARE * state.f_files)):
+            raise RefusedError(
+                "no_inodes",
+                f"{path} has {state.f_favail} of {state.f_files} inodes left",
+                "remove some of its many files and start the job again",
             )
 
 

@@ -93,12 +93,27 @@ def committed(target: str, manifest: Manifest, floor: int) -> dict[str, Any]:
     }
 
 
-def failed(target: str, manifest: Manifest, job_id: str, failures: dict[str, Any], code: str) -> dict[str, Any]:
+def failed(
+    target: str, manifest: Manifest, job_id: str, failures: dict[str, Any], reason: dict[str, str]
+) -> dict[str, Any]:
     """Facts of an update that was tried and did not stay."""
     count = failures.get("count", 0) if failures.get("job") == job_id else 0
+    code, why = reason["code"], reason["message"]
     return {
-        failures_key(manifest.sha256): {"job": job_id, "count": count + 1, "code": code},
-        outcome_key(target): {"state": "FAILED", "version": manifest.version, "code": code, "at": time.time()},
+        failures_key(manifest.sha256): {
+            "job": job_id,
+            "count": count + 1,
+            "code": code,
+            "target": target,
+            "version": manifest.version,
+        },
+        outcome_key(target): {
+            "state": "FAILED",
+            "version": manifest.version,
+            "code": code,
+            "message": why,
+            "at": time.time(),
+        },
     }
 
 
@@ -110,3 +125,13 @@ def check_quarantine(failures: dict[str, Any], job_id: str, sha256: str) -> None
             f"the artifact {sha256[:12]}… was tried {failures['count']} times by this job and taken back each time",
             "create a new job if it is to be tried again",
         )
+
+
+def quarantined(failures: dict[str, Any], target: str) -> list[dict[str, Any]]:
+    """The digests that `target` will not try again for the same job, with version and code; `failures` are facts by their keys."""
+    prefix = failures_key("")
+    return [
+        {"sha256": key.removeprefix(prefix), "version": kept.get("version"), "code": kept.get("code")}
+        for key, kept in sorted(failures.items())
+        if kept and kept.get("target") == target and kept.get("count", 0) >= MAX_FAILURES
+    ]

@@ -1,7 +1,8 @@
 """The update machine: which state follows which, and where an interrupted update goes on. Pure.
 
 A state is saved before its act, so that after a cut at any place the act is done again or its result is recognised.
-Up to ARMED nothing that runs has changed; from COMMITTING on there is no way back.
+Before ARMED nothing that runs has changed; from COMMITTING on nothing asks again whether it is well,
+and only a version that will not stay is taken back.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Literal
 MAX_ENTRIES = 32
 MAX_DOWNLOADS = 2
 MAX_INSTALLS = 2
+MAX_ARMS = 3
 MAX_RESTARTS = 3
 MAX_BOOTS = 3
-MAX_ROLL_BACKS = 3
+MAX_ROLL_BACKS = 5
+"""Each needs two entries when it restarts the camera or the agent."""
 
 Slot = Literal["absent", "partial", "staged", "active"]
 
@@ -58,14 +61,16 @@ class Seen:
     """What is known where a decision is due.
 
     `attempts` counts the entries into the state in question, `entries` those into all states, `boots` the starts of
-    the trial; `slot` is what the installer's probe says of the wanted version.
+    the trial; `slot` is what the installer's probe says of the wanted version; `restarted` whether the restart of
+    RESTARTING has happened; `moved` whether something else runs than what ran before installing.
     """
 
     slot: Slot = "absent"
     attempts: int = 1
     entries: int = 1
     boots: int = 0
-    boot_changed: bool = False
+    restarted: bool = False
+    moved: bool = False
     cancelled: bool = False
 
 
@@ -76,7 +81,7 @@ def following(state: State, outcome: Outcome, seen: Seen) -> State:
     if state is State.ROLLING_BACK:
         return State.ROLLED_BACK if outcome is Outcome.DONE else State.FAILED
     if state is State.COMMITTING:
-        return State.COMMITTED
+        return State.COMMITTED if outcome is Outcome.DONE else State.ROLLING_BACK
     if outcome is Outcome.FAILED or seen.entries >= MAX_ENTRIES or (seen.cancelled and state in UNTOUCHED):
         return _give_up(state)
     if outcome is Outcome.AGAIN:
@@ -90,14 +95,18 @@ def resume(state: State, seen: Seen) -> State:
     if state in FINAL or state is State.COMMITTING:
         return state
     if state is State.ROLLING_BACK:
-        return state if seen.attempts < MAX_ROLL_BACKS and seen.entries < MAX_ENTRIES else State.FAILED
+        return state if seen.attempts < MAX_ROLL_BACKS else State.FAILED
+    if state is State.INSTALLING and seen.moved:
+        return State.ROLLING_BACK
     if seen.entries >= MAX_ENTRIES or (seen.cancelled and state in UNTOUCHED):
         return _give_up(state)
     if state is State.INSTALLING and seen.slot in ("absent", "partial"):
         return state if seen.attempts < MAX_INSTALLS else State.FAILED
     if state is State.INSTALLING:
         return state
-    if state is State.RESTARTING and seen.boot_changed:
+    if state is State.ARMED:
+        return state if seen.attempts < MAX_ARMS else State.ROLLING_BACK
+    if state is State.RESTARTING and seen.restarted:
         return State.TRIAL if seen.slot == "active" else State.ROLLING_BACK
     if state is State.RESTARTING:
         return state if seen.attempts < MAX_RESTARTS else State.ROLLING_BACK

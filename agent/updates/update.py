@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from agent.errors import AgentError, FailedError, RefusedError
-from agent.host.threads import to_end
 from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.store import Store
 from agent.updates import records
-from agent.updates.acts import Acts, AlreadyInstalled, Job, Surroundings
+from agent.updates.acts import Acts, AlreadyInstalled
+from agent.updates.by_hand import ByHand
+from agent.updates.case import Case, Holds, Job, Surroundings
 from agent.updates.fetch import DEFAULT_LIMITS, Limits, check_urls
 from agent.updates.flow import Flow
-from agent.updates.gate import Capture, Gate, Units
-from agent.updates.installers import SUPPORTED, Installer
+from agent.updates.gate import Capture, Gate
+from agent.updates.installers import Installer
 from agent.updates.installers.app import App
 from agent.updates.manifest import parse_envelope, parse_manifest
 from agent.updates.preflight import envelope_of
-from agent.updates.states import FINAL, FORWARD, State
+from agent.updates.restarts import Restarter
+from agent.updates.states import FINAL, FORWARD, ON_TRIAL, State
 
 log = get_logger("updates")
 
@@ -42,41 +46,50 @@ class Update:
         keys_dir: Path,
         downloads_dir: Path,
         store: Store,
-        units: Units | None,
+        restarter: Restarter,
         capture: Capture | None,
         cloud_ok: Callable[[], bool],
         mutation_lock: asyncio.Lock,
+        conditions: Callable[[], Collection[str]] = frozenset,
+        installers: Mapping[str, Installer] | None = None,
+        holds: Holds | None = None,
         agent_version: str = "",
         compatible: Collection[str] = (),
         patience_s: float = 86_400,
+        offline_patience_s: float = 86_400,
         limits: Limits = DEFAULT_LIMITS,
         settle_s: float = 5,
         settle_deadline_s: float = 60,
     ) -> None:
-        """`compatible` are the kinds of camera this one is; `patience_s` is the time for a download.
+        """`installers` are those of targets that are not plain slots; `compatible` are the kinds of camera this one is.
 
-        After a roll-back the old version must run for `settle_s` before `settle_deadline_s`.
+        `patience_s` is the time for a download, `offline_patience_s` that for the cloud to come back to a camera that was
+        off-line before. After a roll-back the old version must run for `settle_s` before `settle_deadline_s`.
         """
-        self.gate = Gate(units, capture, cloud_ok)
+        self.gate = Gate(restarter.units, capture, cloud_ok, conditions)
         self._targets = targets
         self._installers: dict[str, Installer] = {
             name: App(target.root) for name, target in targets.items() if target.installer == "app" and target.root
-        }
+        } | dict(installers or {})
         self._around = Surroundings(
             keys_dir=keys_dir,
             downloads_dir=downloads_dir,
             store=store,
-            units=units,
             gate=self.gate,
+            restarter=restarter,
             mutation_lock=mutation_lock,
+            holds=holds,
             agent_version=agent_version,
             compatible=frozenset(compatible),
             patience_s=patience_s,
+            offline_patience_s=offline_patience_s,
             limits=limits,
             settle_s=settle_s,
             settle_deadline_s=settle_deadline_s,
         )
         self._status = {name: _idle() for name in targets}
+        self._running: dict[str, Job] = {}
+        self._asked = asyncio.Event()
         self.changed = asyncio.Event()
 
     async def load(self) -> None:
@@ -93,11 +106,11 @@ class Update:
             raise RefusedError(
                 "unknown_target", f"this camera has no update target {name!r:.40}", f"its targets: {known}"
             )
-        if target.installer not in SUPPORTED:
+        if name not in self._installers:
             raise RefusedError(
                 "installer_not_supported",
-                f"target {name} is installed by {target.installer}, which this agent can't do yet",
-                "update the agent first",
+                f"target {name} is installed by {target.installer}, which this camera can't do",
+                "take the target out of agent.toml, or mend what is said at the agent's start",
             )
         manifest = parse_manifest(parse_envelope(envelope_of(document)).payload)
         if manifest.target != name:
@@ -112,9 +125,9 @@ class Update:
     async def plan(self, document: Mapping[str, Any]) -> list[str]:
         """What run() would do, in words, once the manifest is verified as it would be. Raises RefusedError."""
         name = document["target"]
-        target, installer = self._targets[name], self._installers[name]
-        acts = Acts(_Planned(document), name, target, installer, self._around, {}, lambda *_: None)
-        manifest = acts.manifest
+        target = self._targets[name]
+        case = Case(_Planned(document), name, target, self._installers[name], self._around)
+        acts, manifest = Acts(case), case.manifest
         try:
             await acts.verify()
         except AlreadyInstalled:
@@ -125,12 +138,14 @@ class Update:
         probe = f", {' '.join(target.probe)} exits 0" if target.probe else ""
         terms = f"for {manifest.gate.stable_for_s:g} s within {manifest.gate.deadline_s:g} s"
         trial = f"trial: {terms} the unit runs{probe}, images flow as before, the cloud is reached again"
+        what = {"reboot": "the camera", "agent": "the agent", "none": "nothing"}.get(acts.restarts.kind)
+        where = f" in {target.root}" if target.root else f" by {target.installer}"
         return [
             f"download {manifest.size} bytes from {hosts}, resumed after every break, and check their digest",
-            f"unpack {manifest.name} {manifest.version} beside {now} in {target.root}",
-            f"switch to it, and restart: {target.unit or ' '.join(target.restart or []) or 'nothing'}",
+            f"install {manifest.name} {manifest.version} beside {now}{where}",
+            f"switch to it, and restart: {what or target.unit or ' '.join(target.restart or []) or 'nothing'}",
             trial,
-            f"keep it, or go back to {now}",
+            f"keep it, or go back to {now}" if manifest.rollback == "yes" else "keep it; there is no way back",
         ]
 
     async def run(self, job: Job) -> dict[str, str]:
@@ -140,19 +155,61 @@ class Update:
             self.check(job.document)
         elif name not in self._installers:
             raise FailedError("target_gone", f"target {name} was taken out of agent.toml in the middle of its update")
+        case = Case(job, name, self._targets[name], self._installers[name], self._around)
 
         def on_state(state: State, words: str) -> None:
-            follows = "" if state in FINAL or state not in FORWARD else FORWARD[FORWARD.index(state) + 1]
-            self._status[name] |= {"state": str(state), "waits_for": words, "next": str(follows)}
+            self._tell(name, state, words, case.percent if state is State.DOWNLOADING else None)
 
-        flow = Flow(job, name, self._targets[name], self._installers[name], self._around, on_state)
+        case.on_state = on_state
+        self._running[name] = job
         try:
-            return await flow.run()
+            return await Flow(case).run()
         finally:
+            del self._running[name]
             await self._look(name)
 
+    async def roll_back(self, name: str) -> dict[str, str]:
+        """Go back to the version before, by hand: what was begun, in words. An update on trial is taken back.
+
+        Raises RefusedError: unknown_target, update_under_way, nothing_before, counter_too_low.
+        """
+        if name not in self._installers:
+            raise RefusedError(
+                "unknown_target", f"this camera has no update target {name:.40}", "agentctl update status"
+            )
+        if name in self._running:
+            if self._status[name]["state"] not in ON_TRIAL:
+                raise RefusedError(
+                    "update_under_way",
+                    f"an update of {name} is under way and has changed nothing yet",
+                    "cancel its job",
+                )
+            self._running[name].cancelled.set()
+            return {"state": "cancelling", "message": f"the update of {name} that is on trial is taken back"}
+        words = await self._by_hand(name).ask()
+        self._asked.set()
+        return {"state": "going_back", "message": words}
+
+    async def serve(self) -> None:
+        """Carry out what was asked for by hand, also before a restart, until cancelled."""
+        while True:
+            self._asked.clear()
+            for name in self._installers:
+                by_hand = self._by_hand(name)
+                if record := await by_hand.wanted():
+                    await by_hand.run(record)
+                    await self._look(name)
+            await self._asked.wait()
+
+    def switching(self) -> str:
+        """Which target is just being switched or on trial, in words; empty when none."""
+        states = {name: status["state"] for name, status in self._status.items()}
+        return ", ".join(f"{name} is {state}" for name, state in states.items() if state in ON_TRIAL)
+
     def status(self) -> dict[str, dict[str, Any]]:
-        """Per target: version, name, slot (first digits of its digest), state, what it waits for, the next state."""
+        """Per target: what runs (version, name, slot), the previous version, the update's state since when, what it waits
+        for, the next state and percent downloaded, the last outcome, and quarantined digests.
+        """
         return {name: dict(status) for name, status in self._status.items()}
 
     def versions(self) -> dict[str, str]:
@@ -160,24 +217,51 @@ class Update:
         running = {status["name"]: status["version"] for status in self._status.values() if status["name"]}
         return {**running, "camera-agent": self._around.agent_version}
 
+    def _by_hand(self, name: str) -> ByHand:
+        def tell(words: str) -> None:
+            self._tell(name, State.ROLLING_BACK, words)
+
+        return ByHand(name, self._targets[name], self._installers[name], self._around, tell)
+
+    def _tell(self, name: str, state: State, words: str, percent: int | None = None) -> None:
+        follows = "" if state in FINAL or state not in FORWARD else FORWARD[FORWARD.index(state) + 1]
+        status = self._status[name]
+        since = status["since"] if status["state"] == state else time.time()
+        status |= {"state": str(state), "since": since, "waits_for": words, "next": str(follows), "percent": percent}
+
     async def _look(self, name: str) -> None:
         status, installer = _idle(), self._installers.get(name)
         try:
-            kept, outcome = await self._around.store.read(
-                lambda t: (t.fact(records.installed_key(name)), t.fact(records.outcome_key(name)))
+            kept, outcome, failures = await self._around.store.read(
+                lambda t: (
+                    t.fact(records.installed_key(name)),
+                    t.fact(records.outcome_key(name)),
+                    t.facts(records.failures_key("")),
+                )
             )
             if installer:
-                link, seen = await to_end(installer.running)
+                running, seen = await installer.running()
                 installed = records.as_installed(kept)
-                if seen is None and installed and link and Path(link).name == installed.sha256:
+                if seen is None and installed and running and Path(running).name == installed.sha256:
                     seen = installed
-                status["slot"] = Path(link).name[:12] if link else None
+                status["slot"] = _short(running)
                 status["name"], status["version"] = (seen.name, seen.version) if seen else (None, None)
+                before, known = await installer.previous()
+                status["previous"] = known.version if known else _short(before)
             status["last"] = outcome
+            status["quarantined"] = records.quarantined(failures, name)
         except (AgentError, OSError) as error:
             status["state"], status["waits_for"] = "unknown", str(error)
         self._status[name] = status
         self.changed.set()
+
+
+def _short(running: str | None) -> str | None:
+    """What runs, a digest by its first digits."""
+    if running is None:
+        return None
+    last = Path(running).name
+    return last[:12] if re.fullmatch(r"[0-9a-f]{64}", last) else last
 
 
 class _Planned:
@@ -202,8 +286,12 @@ def _idle() -> dict[str, Any]:
         "name": None,
         "version": None,
         "slot": None,
+        "previous": None,
         "state": "idle",
+        "since": None,
+        "percent": None,
         "waits_for": "",
         "next": "",
         "last": None,
+        "quarantined": [],
     }

@@ -13,8 +13,9 @@ import pytest
 import zstandard
 
 from agent.errors import FailedError
-from agent.updates.installers.app import App, installed_size
+from agent.updates.archive import installed_size
 from agent.updates.manifest import Manifest, digest_of
+from agent.updates.slots import Slots
 from tests.fakes_updates import archive, manifest, member
 
 DIR, SYM, LINK, FIFO, CHAR, BLOCK = (
@@ -45,7 +46,7 @@ def tree(folder):
 
 @pytest.fixture
 def app(tmp_path):
-    return App(tmp_path / "root")
+    return Slots(tmp_path / "root")
 
 
 def version(tmp_path, number, *members):
@@ -67,7 +68,7 @@ def test_install_arm_commit_roll_back(app, tmp_path):
             app.arm(described_as.sha256)
         assert app.probe(described_as.sha256) == "active"
         for _ in range(2):
-            app.commit(described_as.sha256, before, record(described_as))
+            app.commit(described_as, before)
     assert app.current.readlink().parts == ("slots", two.sha256)
     assert app.running()[1].version == "2"
     assert app.running()[1].security_counter == 5
@@ -328,7 +329,7 @@ def test_killed_at_every_mutating_call(tmp_path):
     whole = {"1": {"version"}, "2": {"version", "d", "d/data", "l"}}
     points, ended = 0, False
     while not ended:
-        app = App(tmp_path / f"root{points}")
+        app = Slots(tmp_path / f"root{points}")
         app.install(first, one)
         app.arm(one.sha256)
         previous, _ = app.running()
@@ -340,7 +341,7 @@ def test_killed_at_every_mutating_call(tmp_path):
             app.clean_up(frozenset({previous}))
             app.install(second, two)
             app.arm(two.sha256)
-            app.commit(two.sha256, previous, record(two))
+            app.commit(two, previous)
 
         ended = in_a_child(act, killed_at=points + 1)
         for slot in app.slots.iterdir():

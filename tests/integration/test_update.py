@@ -18,6 +18,7 @@ from agent.updates.fetch import Limits
 from agent.updates.gate import Gate
 from agent.updates.manifest import digest_of
 from agent.updates.packages import Packages
+from agent.updates.restarts import Restarter
 from agent.updates.states import State
 from agent.updates.update import Update
 from tests.fakes_updates import (
@@ -39,6 +40,7 @@ from tests.fakes_updates import (
 from tests.unit.test_reference import Camera as PictureSource
 from tests.unit.test_reference import measures
 
+BOOT = clock.boot_id()
 UNIT = "capture-pipeline.service"
 GATE = {"stable_for_s": 0.1, "deadline_s": 60}
 HOPELESS = {"stable_for_s": 0.1, "deadline_s": 0.3}
@@ -70,13 +72,14 @@ class Camera:
             keys_dir=self.folder / "keys",
             downloads_dir=self.folder / "downloads",
             store=self.store,
-            units=self.units,
+            restarter=Restarter(self.units, BOOT),
             capture=self.capture,
             cloud_ok=lambda: self.cloud,
             mutation_lock=self.lock,
             agent_version="0.1.0",
             patience_s=5,
             limits=Limits(first_wait_s=0.001, longest_wait_s=0.01),
+            offline_patience_s=0.2,
             settle_s=0.05,
             settle_deadline_s=60,
         )
@@ -254,7 +257,7 @@ class Judging(FakeCapture):
         self.changed_at = self.images.now
         return self.images.reference()
 
-    def compare(self, reference, since):
+    def compare(self, reference, since, least_share=0.8):
         if self.verdict.ok:
             self.images.deliver(12)
         elif not self.delivers:
@@ -364,17 +367,16 @@ async def test_what_is_refused_touches_nothing(running):
     assert await refusal(running, document("2.0", compatible=["other-camera"])) == "not_compatible"
     assert await refusal(running, document("2.0", requires={"camera-agent": "0.2"})) == "requirement_missing"
     assert await refusal(running, document("2.0", requires={"lens": "1"})) == "requirement_missing"
-    assert await refusal(running, document("2.0", restart="reboot")) == "not_supported"
-    assert await refusal(running, document("2.0", rollback="no")) == "not_supported"
+    assert await refusal(running, document("2.0", requires={"pipe": "1.1"})) == "requirement_missing"
     assert await refusal(running, document("2.0", installed_size=2**42)) == "no_space"
     (running.folder / "keys" / "root.json").unlink()
     assert await refusal(running, document("2.0")) == "no_update_keys"
 
 
 @pytest.mark.parametrize("installer", ["deb", "rauc", "agent"])
-async def test_installers_of_later_are_refused(tmp_path, installer):
+async def test_a_target_without_its_installer_is_refused(tmp_path, installer):
     async with camera_at(tmp_path / "c") as camera:
-        camera.target = UpdateTarget(installer=installer)
+        camera.target = UpdateTarget(installer=installer, root=camera.root, package="pipe")
         camera.start()
         assert await refusal(camera, camera.document("1.0", installer=installer)) == "installer_not_supported"
         await camera.update.load()
@@ -570,7 +572,7 @@ async def test_a_job_cancelled_on_trial_is_taken_back(running):
 async def test_a_bug_in_a_trial_does_not_leave_an_unproven_version(running):
     before = running.root.joinpath("current").readlink()
 
-    def broken(reference, since):
+    def broken(reference, since, least_share):
         raise ValueError("a bug of ours")
 
     compare, running.capture.compare = running.capture.compare, broken
@@ -646,7 +648,7 @@ async def test_a_reboot_on_trial_starts_its_time_again(running, monkeypatch):
     with pytest.raises(PowerCutError):
         await running.update.run(job)
     progress = job.progress
-    progress["boot_id"] = progress["trial"]["boot_id"] = "the boot before"
+    progress["restart"]["boot_id"] = progress["trial"]["boot_id"] = "the boot before"
     progress["trial"]["since"] = 1e12
     running.start()
     assert (await running.run(job.document, progress))["version"] == "2.0"
@@ -666,8 +668,8 @@ class EndedIn(FakeJob):
 
 def after_a_reboot(progress):
     """What the record says when the camera was booted since it was written."""
-    if "boot_id" in progress:
-        progress["boot_id"] = "the boot before"
+    if "restart" in progress:
+        progress["restart"]["boot_id"] = "the boot before"
     if "trial" in progress:
         progress["trial"] = {"since": 1e12, "boot_id": "the boot before"}
     return progress
@@ -778,7 +780,7 @@ async def test_gate_without_anything_to_ask():
 async def test_a_plan_says_what_would_be_done_and_touches_nothing(camera):
     first = camera.document("1.0")
     steps = await camera.update.plan(first)
-    assert [step.split()[0] for step in steps] == ["download", "unpack", "switch", "trial:", "keep"]
+    assert [step.split()[0] for step in steps] == ["download", "install", "switch", "trial:", "keep"]
     assert "1.0" in steps[1]
     assert not camera.root.exists() or not list(camera.root.iterdir())
     assert await camera.fact("updates.installed.pipeline") is None

@@ -5,9 +5,11 @@ from itertools import product
 from agent.updates.states import (
     FINAL,
     FORWARD,
+    MAX_ARMS,
     MAX_BOOTS,
     MAX_ENTRIES,
     MAX_RESTARTS,
+    MAX_ROLL_BACKS,
     ON_TRIAL,
     UNTOUCHED,
     Outcome,
@@ -19,12 +21,13 @@ from agent.updates.states import (
 )
 
 EVERYTHING = [
-    Seen(slot, attempts, entries, boots, boot_changed, cancelled)  # type: ignore[arg-type]
-    for slot, attempts, entries, boots, boot_changed, cancelled in product(
+    Seen(slot, attempts, entries, boots, restarted, moved, cancelled)  # type: ignore[arg-type]
+    for slot, attempts, entries, boots, restarted, moved, cancelled in product(
         ("absent", "partial", "staged", "active"),
-        (1, 2, 3, 4),
+        (1, 2, 3, 4, 5),
         (1, 31, 32, 33),
         (0, 2, 3, 4),
+        (False, True),
         (False, True),
         (False, True),
     )
@@ -46,7 +49,7 @@ def test_every_state_with_every_outcome_and_observation():
         if state in FINAL:
             assert after is state
         elif state is State.COMMITTING:
-            assert after is State.COMMITTED
+            assert after is (State.COMMITTED if outcome is Outcome.DONE else State.ROLLING_BACK)
         elif state is State.ROLLING_BACK:
             assert after in (State.ROLLED_BACK, State.FAILED)
         elif state in ON_TRIAL:
@@ -69,6 +72,8 @@ def test_every_restart():
         tried += 1
         if state in FINAL or state is State.COMMITTING:
             assert after is state
+        elif state is State.INSTALLING and seen.moved:
+            assert after is State.ROLLING_BACK
         elif state in UNTOUCHED:
             assert after in (*UNTOUCHED, State.ARMED, State.FAILED)
             assert (after is State.FAILED) or not (seen.cancelled or seen.entries >= MAX_ENTRIES)
@@ -87,11 +92,14 @@ def test_limits():
     assert resume(State.TRIAL, Seen("active", boots=MAX_BOOTS - 1)) is State.TRIAL
     assert resume(State.TRIAL, Seen("staged")) is State.ROLLING_BACK
     assert resume(State.RESTARTING, Seen("active", attempts=MAX_RESTARTS)) is State.ROLLING_BACK
-    assert resume(State.RESTARTING, Seen("active", boot_changed=True)) is State.TRIAL
+    assert resume(State.RESTARTING, Seen("active", restarted=True)) is State.TRIAL
     assert resume(State.INSTALLING, Seen("partial")) is State.INSTALLING
     assert resume(State.INSTALLING, Seen("partial", attempts=2)) is State.FAILED
     assert resume(State.INSTALLING, Seen("staged", attempts=2)) is State.INSTALLING  # it waits there for a reference
     assert resume(State.INSTALLING, Seen("staged", cancelled=True)) is State.FAILED
+    assert resume(State.ARMED, Seen("staged", attempts=MAX_ARMS)) is State.ROLLING_BACK
+    assert resume(State.INSTALLING, Seen("active", moved=True)) is State.ROLLING_BACK
+    assert resume(State.ROLLING_BACK, Seen(attempts=MAX_ROLL_BACKS)) is State.FAILED
 
 
 def test_a_lost_record():

@@ -5,6 +5,7 @@ All acts are idempotent, so that an act that was cut is simply done again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,39 +13,52 @@ from agent.updates.manifest import Manifest
 from agent.updates.states import Slot
 from agent.updates.trust import Installed
 
-SUPPORTED = ("app",)
-"""The installers of this version of the agent."""
-
 
 class Installer(Protocol):
-    """What an update asks of an installer. All methods block and raise FailedError or OSError."""
+    """What an update asks of an installer. Every method may be called again after a cut, and raises FailedError or OSError.
 
-    def probe(self, sha256: str) -> Slot:
-        """How far the version with this digest has come."""
+    What runs has a name of the installer's own, which `running` gives and `roll_back` takes: a slot, a package and its
+    version. None stands for nothing.
+    """
 
-    def running(self) -> tuple[str | None, Installed | None]:
-        """Where the active version is, in words that `roll_back` takes, and what is known of it."""
+    @property
+    def restarts(self) -> frozenset[str]:
+        """The values of the manifest's `restart` that make sense for it."""
 
-    def install(self, artifact: Path, manifest: Manifest) -> None:
-        """Stage the artifact; what runs is not touched."""
+    async def check(self, manifest: Manifest) -> None:
+        """Refuse, before anything is fetched, what this camera can't install or could not take back. Raises RefusedError."""
 
-    def arm(self, sha256: str) -> None:
+    async def probe(self, manifest: Manifest) -> Slot:
+        """How far this version has come."""
+
+    async def running(self) -> tuple[str | None, Installed | None]:
+        """What runs, and what is known of it."""
+
+    async def previous(self) -> tuple[str | None, Installed | None]:
+        """What `roll_back` could go back to after a commit, and what is known of it."""
+
+    async def install(
+        self, artifact: Path, manifest: Manifest, envelope: Mapping[str, Any], tell: Callable[[str], None]
+    ) -> None:
+        """Stage the artifact, whose digest is right; what runs is not touched. `tell` takes words on how far it is."""
+
+    async def arm(self, manifest: Manifest) -> None:
         """Make the staged version the one that the next start runs."""
 
-    def verify_running(self, sha256: str) -> bool:
+    async def verify_running(self, manifest: Manifest) -> bool:
         """Whether that version is the active one."""
 
-    def commit(self, sha256: str, previous: str | None, record: dict[str, Any]) -> None:
-        """Keep it for good with its `record`, and of the others only the previous one."""
+    async def commit(self, manifest: Manifest, previous: str | None) -> None:
+        """Keep it for good, and of the others only the previous one."""
 
-    def roll_back(self, previous: str | None) -> None:
+    async def roll_back(self, previous: str | None) -> None:
         """Make the version before active again; None: there was none."""
 
-    def clean_up(self, keep: frozenset[str]) -> None:
-        """Remove what is neither active nor in `keep`, digests or what `running` returned."""
+    async def clean_up(self, keep: frozenset[str]) -> None:
+        """Remove what is neither active nor in `keep`, what `running` returned."""
 
-    def forget(self, sha256: str) -> None:
+    async def forget(self, manifest: Manifest) -> None:
         """Remove a version that is staged or half staged, unless it is active."""
 
-    def free_space(self) -> Path:
-        """A path on the file system that installing writes to."""
+    def needs(self, manifest: Manifest) -> Mapping[Path, int]:
+        """Bytes that installing writes, by a path on the file system it writes them to."""

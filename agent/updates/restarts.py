@@ -1,0 +1,121 @@
+"""Making a switched version run: the unit of the target, the whole camera, or the agent itself; and knowing when that has happened.
+
+A restart of the camera or of the agent ends this process: it has happened when another boot id or another instance is
+seen than the one that was saved before it. At most one reboot of ours in ten minutes, so that no fault becomes a loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agent.errors import FailedError
+from agent.settings import UpdateTarget
+from agent.store import Store
+from agent.updates.gate import Units
+from agent.updates.preflight import restart_target
+
+REBOOT_SPACING_S = 600.0
+REBOOT_FACT = "updates.reboot"
+DOWN_LIMIT_S = 300.0
+"""How long the machine, or this process, may take to end after it was asked to."""
+
+Kind = Literal["none", "unit", "reboot", "agent"]
+
+
+def _uptime_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True)
+class Restarter:
+    """How things are restarted on this camera, and what differs after a restart: the kernel's boot id, this process's instance."""
+
+    units: Units | None
+    boot_id: str
+    instance: str = ""
+    reboot: Callable[[], Awaitable[None]] | None = None
+    """Asks for a reboot; returns when asked."""
+    restart_agent: Callable[[], None] | None = None
+    """Makes this process end and its successor begin."""
+    uptime_s: Callable[[], float] = _uptime_s
+
+
+def kind_of(target: UpdateTarget, restart: Literal["none", "unit", "reboot"]) -> Kind:
+    """What has to be restarted for a target whose manifest says `restart`."""
+    return "agent" if target.installer == "agent" and restart == "unit" else restart
+
+
+class Restarts:
+    """The restarts of one change of a target; `tell` takes words on what a restart waits for."""
+
+    def __init__(
+        self, kind: Kind, target: UpdateTarget, by: Restarter, store: Store, tell: Callable[[str], None]
+    ) -> None:
+        self.kind = kind
+        self._target = target
+        self._by = by
+        self._store = store
+        self._tell = tell
+
+    @property
+    def ends_process(self) -> bool:
+        """Whether the restart ends this process, so that a successor has to go on."""
+        return self.kind in ("reboot", "agent")
+
+    def now(self) -> dict[str, str]:
+        """What will differ after a restart."""
+        return {"boot_id": self._by.boot_id, "instance": self._by.instance}
+
+    def happened(self, saved: dict[str, Any] | None) -> bool:
+        """Whether the restart has happened since `saved`, what `now` was then. A boot starts everything."""
+        if not saved:
+            return False
+        if saved.get("boot_id") != self._by.boot_id:
+            return True
+        return self.kind == "agent" and saved.get("instance") != self._by.instance
+
+    async def restart(self) -> None:
+        """Restart it. Returns only when this process goes on. Raises FailedError."""
+        if self.kind == "reboot":
+            await self._reboot()
+        elif self.kind == "agent":
+            await self._restart_agent()
+        elif self.kind == "unit":
+            await restart_target(self._target, self._by.units)
+
+    async def _reboot(self) -> None:
+        if self._by.reboot is None:
+            raise FailedError("reboot_failed", "this agent has no way to reboot the camera")
+        while (left := await self.spacing_s()) > 0:
+            self._tell(spacing_words(left))
+            await asyncio.sleep(min(left, 10.0))
+        await self._store.write(lambda t: t.set_fact(REBOOT_FACT, {"boot_id": self._by.boot_id}))
+        await self._by.reboot()
+        await asyncio.sleep(DOWN_LIMIT_S)
+        raise FailedError(
+            "reboot_failed",
+            f"the camera did not go down within {DOWN_LIMIT_S:g} s after it was asked to",
+            "see `systemctl list-jobs` and `systemd-inhibit --list`",
+        )
+
+    async def _restart_agent(self) -> None:
+        if self._by.restart_agent is None:
+            raise FailedError("restart_failed", "this agent has no way to restart itself")
+        self._by.restart_agent()
+        await asyncio.sleep(DOWN_LIMIT_S)
+        raise FailedError("restart_failed", f"the agent did not end within {DOWN_LIMIT_S:g} s to start anew")
+
+    async def spacing_s(self) -> float:
+        """Seconds until a reboot may come: when this boot came of a reboot of ours, it must be ten minutes old."""
+        asked = await self._store.read(lambda t: t.fact(REBOOT_FACT))
+        ours = isinstance(asked, dict) and asked.get("boot_id") not in (None, self._by.boot_id)
+        return max(0.0, REBOOT_SPACING_S - self._by.uptime_s()) if ours else 0.0
+
+
+def spacing_words(left_s: float) -> str:
+    """Why a reboot waits."""
+    return f"the last reboot was just now, the next may come in {left_s:.0f} s"

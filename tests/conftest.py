@@ -15,6 +15,7 @@ from tests import conformance
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     conformance.add_option(parser)
+    parser.addoption("--exhaustive", action="store_true", help="enumerate every fault, not a sample; takes hours")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -202,7 +202,7 @@ class Gate:
     ) -> Verdict:
         """Look again and again until the change at the monotonic time `since` has passed or failed.
 
-        The cloud is asked when it was reachable before, or as `cloud` says; the images unless `images` is False, with
+        The cloud is asked when it was reachable before, or as `cloud` says; images and machine unless `images` is False, with
         `least_share` of their rate before.
         """
         terms = Terms(since, stable_for_s, deadline_s)
@@ -216,7 +216,8 @@ class Gate:
                 checks.append(await check_probe(probe))
             if images and self._capture and baseline.get("capture") is not None:
                 checks.append(self._images(self._capture, baseline["capture"], since, stable_for_s, least_share))
-            if worse := sorted(set(self._machine()) - set(baseline.get("machine", MACHINE))):
+            worse = sorted(set(self._machine()) - set(baseline.get("machine", MACHINE)))
+            if worse and images:
                 words = f"since the change: {', '.join(worse)}"
                 checks.append(Check("machine", False, words, "machine_worse", harmful_after_s(stable_for_s)))
             if baseline.get("cloud") if cloud is None else cloud:

@@ -58,6 +58,8 @@ class Camera:
         self.units = FakeUnits(self.root / "current", self.capture)
         self.cloud = True
         self.lock = asyncio.Lock()
+        self.machine = {"boot_id": BOOT}
+        self.options = {}
         (folder / "keys").mkdir()
         self.trust(signed_root(root_payload()))
         self.start()
@@ -72,16 +74,16 @@ class Camera:
             keys_dir=self.folder / "keys",
             downloads_dir=self.folder / "downloads",
             store=self.store,
-            restarter=Restarter(self.units, BOOT),
+            restarter=Restarter(self.units, **self.machine),
             capture=self.capture,
             cloud_ok=lambda: self.cloud,
             mutation_lock=self.lock,
             agent_version="0.1.0",
             patience_s=5,
             limits=Limits(first_wait_s=0.001, longest_wait_s=0.01),
-            offline_patience_s=0.2,
             settle_s=0.05,
             settle_deadline_s=60,
+            **({"offline_patience_s": 0.2} | self.options),
         )
 
     def document(self, version, *files, keys=(RELEASE,), **changes):

@@ -74,17 +74,28 @@ class ByHand:
         return record if isinstance(record, dict) and "to" in record else None
 
     async def run(self, record: dict[str, Any]) -> None:
-        """Go back, or go on with it, to its end; the outcome is kept."""
+        """Go back, or go on with it, to its end; where the version before does not run, return to what ran. The outcome is kept."""
         async with self._around.mutation_lock:
-            try:
-                await self._go_back(record)
-            except (AgentError, OSError) as error:
-                words = error.message if isinstance(error, AgentError) else str(error)
-                log.error("going back by hand failed", target=self._name, reason=words)
-                await self._end(record, "FAILED", "rollback_failed", f"going back by hand failed: {words}")
+            why = await self._tried(record)
+            if why and "failed" not in record:
+                record = _returning(record, why)
+                why = await self._tried(record)
+            if "failed" not in record:
+                await self._end(record, "ROLLED_BACK", "by_hand", f"taken back by hand to {_version(record)}")
             else:
-                words = f"taken back by hand to {record['to_version'] or record['to']}"
-                await self._end(record, "ROLLED_BACK", "by_hand", words)
+                then = f"returning to {_version(record)} failed too: {why}" if why else f"{_version(record)} runs again"
+                words = f"going back by hand failed: {record['failed']}; {then}"
+                await self._end(record, "FAILED", "rollback_failed", words)
+
+    async def _tried(self, record: dict[str, Any]) -> str:
+        """Why it failed; empty when it did not."""
+        try:
+            await self._go_back(record)
+        except (AgentError, OSError) as error:
+            words = error.message if isinstance(error, AgentError) else str(error)
+            log.error("going back by hand failed", target=self._name, to=record["to"], reason=words)
+            return words
+        return ""
 
     async def _go_back(self, record: dict[str, Any]) -> None:
         if not (self._restarts.ends_process and self._restarts.happened(record.get("undone"))):
@@ -93,7 +104,7 @@ class ByHand:
                 raise FailedError("interrupted", "it was interrupted too often")
             record.setdefault("undone", self._restarts.now())
             await self._around.store.write(lambda t: t.set_fact(fact_key(self._name), record))
-            self._tell("going back by hand")
+            self._tell(f"going back to {_version(record)}, asked for at the camera")
             await self._installer.roll_back(record["to"])
             await self._restarts.restart()
         running, _ = await self._installer.running()
@@ -125,6 +136,22 @@ class ByHand:
             tables.add_audit("local", "update.rollback", {"target": self._name, **outcome})
 
         await self._around.store.write(end)
+
+
+def _version(record: dict[str, Any]) -> str:
+    return str(record["to_version"] or record["to"])
+
+
+def _returning(record: dict[str, Any], why: str) -> dict[str, Any]:
+    """The way back to what ran before it was gone back."""
+    return {
+        "from": record["to"],
+        "from_version": record["to_version"],
+        "to": record["from"],
+        "to_version": record["from_version"],
+        "attempts": 0,
+        "failed": why,
+    }
 
 
 def _kind(target: UpdateTarget) -> Kind:

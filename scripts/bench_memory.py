@@ -125,4 +125,5 @@ async def main() -> None:
             await measure(place)
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,1 @@
+"""What scripts/sign-update does, for an engineer's machine: keys, root documents, signed manifests, job documents."""

@@ -1,24 +1,20 @@
 """systemd, when it is there: readiness and watchdog messages to it, units restarted, reloaded and looked at, and reboots.
 
-Owner of systemd-python's `daemon` and of dbus-fast. A restart or reload returns only when systemd says the job is done.
+Owner of systemd-python's `daemon`. A restart or reload returns only when systemd says the job is done.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agent.errors import FailedError
-from agent.host import processes
+from agent.host import bus, processes
+from agent.host.bus import BusError, Connection
 from agent.logs import get_logger
-
-if TYPE_CHECKING:
-    from dbus_fast import Message
-    from dbus_fast.aio import MessageBus
 
 log = get_logger("systemd")
 
@@ -26,24 +22,13 @@ SYSTEMD = "org.freedesktop.systemd1"
 MANAGER_PATH = "/org/freedesktop/systemd1"
 MANAGER = f"{SYSTEMD}.Manager"
 LOGIND = "org.freedesktop.login1"
-BUS = "org.freedesktop.DBus"
 JOB_TIMEOUT_S = 120.0
 REPLY_TIMEOUT_S = 25.0
 REBOOT_COMMAND_TIMEOUT_S = 60.0
 
-DENIED = (f"{BUS}.Error.AccessDenied", f"{BUS}.Error.InteractiveAuthorizationRequired", f"{BUS}.Error.AuthFailed")
 UNKNOWN_UNIT = (f"{SYSTEMD}.NoSuchUnit",)
-ABSENT = (
-    f"{BUS}.Error.ServiceUnknown",
-    f"{BUS}.Error.NameHasNoOwner",
-    f"{BUS}.Error.NoReply",
-    f"{BUS}.Error.Disconnected",
-    f"{BUS}.Error.TimedOut",
-)
-GOING_DOWN = (
-    f"{LOGIND}.OperationInProgress",
-    *(f"{BUS}.Error.{name}" for name in ("NoReply", "Disconnected", "TimedOut")),
-)
+UNAVAILABLE = ("bus_unavailable", "bus_lost", "no_answer", "service_absent")
+GOING_DOWN = (f"{LOGIND}.OperationInProgress", *bus.NO_ANSWER)
 """Answers after which the machine may be on its way down."""
 RESULTS = {
     "canceled": "another job took its place",
@@ -128,8 +113,7 @@ class Units:
     """
 
     def __init__(self) -> None:
-        self._bus: MessageBus | None = None
-        self._lost: asyncio.Task[None] | None = None
+        self._bus: Connection | None = None
         self._connecting = asyncio.Lock()
 
     async def restart(self, unit: str, *, timeout_s: float = JOB_TIMEOUT_S) -> None:
@@ -153,26 +137,29 @@ class Units:
 
     async def close(self) -> None:
         """Close the connection; the next call makes a new one."""
-        bus, lost = self._bus, self._lost
-        self._bus = self._lost = None
-        if bus and lost:
-            bus.disconnect()
-            await asyncio.wait({lost})
+        connection, self._bus = self._bus, None
+        if connection:
+            await connection.close()
 
     async def _job(self, method: str, verb: str, unit: str, timeout_s: float) -> None:
         result = None
-        async with self._job_results() as (finished, changed):
+        connection = await self._connected()
+        with connection.signals() as signals:  # from before the job is made: its end may arrive with the reply
             try:
                 async with asyncio.timeout(timeout_s):
                     job = (await self._call(method, "ss", [unit, "replace"], unit=unit))[0]
-                    while (result := finished.get(job)) is None:
-                        await self._next_change(changed)
+                    while result is None:
+                        signal = await signals.next()
+                        if signal.member == "JobRemoved" and signal.body[1] == job:
+                            result = signal.body[3]
             except TimeoutError:
                 raise FailedError(
                     "unit_failed",
                     f"systemd did not finish the {verb} of {unit} within {timeout_s:g} s",
                     f"see `systemctl status {unit}` and `systemctl list-jobs`",
                 ) from None
+            except BusError:
+                raise _unavailable("the connection to D-Bus was lost while waiting for systemd") from None
         if result != "done":
             raise FailedError(
                 "unit_failed",
@@ -180,42 +167,11 @@ class Units:
                 f"see `systemctl status {unit}` and `journalctl -u {unit} -n 50`",
             )
 
-    @contextlib.asynccontextmanager
-    async def _job_results(self) -> AsyncIterator[tuple[dict[str, str], asyncio.Event]]:
-        """Results of jobs by their path, kept from before the job is made: the signal may arrive with the reply."""
-        from dbus_fast import MessageType
-
-        bus = await self._connected()
-        finished: dict[str, str] = {}
-        changed = asyncio.Event()
-
-        def listen(message: Message) -> None:
-            if message.message_type is MessageType.SIGNAL and message.member == "JobRemoved":
-                finished[message.body[1]] = message.body[3]
-                changed.set()
-
-        bus.add_message_handler(listen)
-        try:
-            yield finished, changed
-        finally:
-            bus.remove_message_handler(listen)
-
-    async def _next_change(self, changed: asyncio.Event) -> None:
-        lost = self._lost
-        if lost is None or lost.done():
-            raise _unavailable("the connection to D-Bus was lost while waiting for systemd")
-        waiting = asyncio.create_task(changed.wait())
-        try:
-            await asyncio.wait({waiting, lost}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        changed.clear()
-
     async def _property(self, path: str, interface: str, name: str, unit: str) -> Any:
         body = await self._call(
-            "Get", "ss", [f"{SYSTEMD}.{interface}", name], unit=unit, path=path, interface=f"{BUS}.Properties"
+            "Get", "ss", [f"{SYSTEMD}.{interface}", name], unit=unit, path=path, interface=f"{bus.BUS}.Properties"
         )
-        return body[0].value
+        return bus.plain(body[0])
 
     async def _call(
         self,
@@ -223,40 +179,37 @@ class Units:
         signature: str,
         body: list[Any],
         *,
-        unit: str = "",
+        unit: str,
         path: str = MANAGER_PATH,
         interface: str = MANAGER,
-        destination: str = SYSTEMD,
     ) -> list[Any]:
-        bus = await self._connected()
-        return await _call_on(bus, destination, path, interface, member, signature, body, unit)
+        connection = await self._connected()
+        try:
+            reply = await connection.call(SYSTEMD, path, interface, member, signature, body, timeout_s=REPLY_TIMEOUT_S)
+        except BusError as error:
+            raise _refusal(error, member, unit) from None
+        return reply.body
 
-    async def _connected(self) -> MessageBus:
+    async def _connected(self) -> Connection:
         async with self._connecting:
-            if self._bus and self._lost and not self._lost.done():
+            if self._bus and self._bus.alive:
                 return self._bus
-            from dbus_fast import BusType
-            from dbus_fast.aio import MessageBus
-
             try:
-                async with asyncio.timeout(REPLY_TIMEOUT_S):
-                    bus = await MessageBus(bus_type=BusType.SYSTEM).connect()
-            except TimeoutError:
-                raise _unavailable(f"the system's D-Bus did not answer within {REPLY_TIMEOUT_S:g} s") from None
-            except Exception as error:  # noqa: BLE001  dbus-fast raises OSError, AuthError and its own address errors
-                raise _unavailable(f"the system's D-Bus can't be reached: {error}") from None
-            lost = asyncio.create_task(_wait_until_lost(bus))
+                connection = await bus.connect(REPLY_TIMEOUT_S)
+            except BusError as error:
+                raise _unavailable(error.message) from None
             try:
                 # Without Subscribe systemd sends no JobRemoved, without the match the bus keeps it back.
-                rule = f"type='signal',sender='{SYSTEMD}',interface='{MANAGER}',member='JobRemoved'"
-                await _call_on(bus, BUS, "/org/freedesktop/DBus", BUS, "AddMatch", "s", [rule], "")
-                await _call_on(bus, SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", "", [], "")
+                await connection.match(f"type='signal',sender='{SYSTEMD}',interface='{MANAGER}',member='JobRemoved'")
+                await connection.call(SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", timeout_s=REPLY_TIMEOUT_S)
+            except BusError as error:
+                await connection.close()
+                raise _refusal(error, "Subscribe", "") from None
             except BaseException:
-                bus.disconnect()
-                await asyncio.wait({lost})
+                await connection.close()
                 raise
-            self._bus, self._lost = bus, lost
-            return bus
+            self._bus = connection
+            return connection
 
 
 async def reboot(command: Sequence[str] | None = None) -> None:
@@ -286,93 +239,55 @@ async def _reboot_by_command(command: Sequence[str]) -> None:
 
 
 async def _reboot_by_logind() -> None:
-    from dbus_fast import BusType, Message, MessageType
-    from dbus_fast.aio import MessageBus
-
-    request = Message(
-        destination=LOGIND,
-        path="/org/freedesktop/login1",
-        interface=f"{LOGIND}.Manager",
-        member="Reboot",
-        signature="b",
-        body=[False],
-    )
     try:
-        async with asyncio.timeout(REPLY_TIMEOUT_S):
-            bus = await MessageBus(bus_type=BusType.SYSTEM).connect()
-    except Exception as error:  # noqa: BLE001  dbus-fast raises OSError, AuthError and its own address errors
-        raise _no_logind(f"the system's D-Bus can't be reached: {error or type(error).__name__}") from None
-    reply = None
+        connection = await bus.connect(REPLY_TIMEOUT_S)
+    except BusError as error:
+        raise _no_logind(error.message) from None
     try:
-        async with asyncio.timeout(REPLY_TIMEOUT_S):
-            reply = await bus.call(request)
-    except Exception as error:  # noqa: BLE001  dbus-fast raises OSError, EOFError and errors of its own when the connection ends
-        log.warning("systemd-logind did not answer", reason=str(error) or type(error).__name__)
+        await connection.call(
+            LOGIND,
+            "/org/freedesktop/login1",
+            f"{LOGIND}.Manager",
+            "Reboot",
+            "b",
+            [False],
+            timeout_s=REPLY_TIMEOUT_S,
+        )
+    except BusError as error:
+        if error.code == "service_absent":
+            raise _no_logind(f"systemd-logind is not on the D-Bus: {error.words}") from None
+        if not error.name:
+            log.warning("systemd-logind did not answer", reason=error.message)
+        elif error.name in GOING_DOWN:
+            log.warning("systemd-logind is already at it", reason=error.words)
+        else:
+            raise FailedError(
+                "reboot_failed",
+                f"systemd-logind refused the reboot: {error.words}",
+                "put 50-camera-agent.rules into /etc/polkit-1/rules.d, see `systemd-inhibit --list`, or set jobs.reboot",
+            ) from None
     finally:
-        bus.disconnect()
-        await _wait_until_lost(bus)
-    if reply is None or reply.message_type is not MessageType.ERROR:
-        return
-    name, words = reply.error_name or "", str(reply.body[0]) if reply.body else ""
-    if name in (f"{BUS}.Error.ServiceUnknown", f"{BUS}.Error.NameHasNoOwner") or name.startswith(f"{BUS}.Error.Spawn."):
-        raise _no_logind(f"systemd-logind is not on the D-Bus: {words}")
-    if name in GOING_DOWN:
-        log.warning("systemd-logind is already at it", reason=words)
-        return
-    raise FailedError(
-        "reboot_failed",
-        f"systemd-logind refused the reboot: {words or name}",
-        "put 50-camera-agent.rules into /etc/polkit-1/rules.d, see `systemd-inhibit --list`, or set jobs.reboot",
-    )
+        await connection.close()
 
 
 def _no_logind(why: str) -> FailedError:
     return FailedError("systemd_unavailable", why, "where there is no systemd, set jobs.reboot to a command")
 
 
-async def _call_on(
-    bus: MessageBus,
-    destination: str,
-    path: str,
-    interface: str,
-    member: str,
-    signature: str,
-    body: list[Any],
-    unit: str,
-) -> list[Any]:
-    from dbus_fast import Message, MessageType
-
-    message = Message(
-        destination=destination, path=path, interface=interface, member=member, signature=signature, body=body
-    )
-    try:
-        async with asyncio.timeout(REPLY_TIMEOUT_S):
-            reply = await bus.call(message)
-    except TimeoutError:
-        raise _unavailable(f"systemd did not answer {member} within {REPLY_TIMEOUT_S:g} s") from None
-    except Exception as error:  # noqa: BLE001  dbus-fast raises OSError, EOFError and errors of its own when the connection ends
-        raise _unavailable(f"the connection to D-Bus was lost: {error}") from None
-    if reply is None:
-        raise _unavailable("the connection to D-Bus was closed")
-    if reply.message_type is MessageType.ERROR:
-        raise _refusal(reply, member, unit)
-    return list(reply.body)
-
-
-def _refusal(reply: Message, member: str, unit: str) -> FailedError:
-    name = reply.error_name or ""
-    words = str(reply.body[0]) if reply.body else name
-    if name in UNKNOWN_UNIT:
+def _refusal(error: BusError, member: str, unit: str) -> FailedError:
+    if error.name in UNKNOWN_UNIT:
         return _not_found(unit)
-    if name in DENIED:
+    if error.code == "permission":
         return FailedError(
             "permission",
-            f"systemd refused {member} of {unit or 'its manager'}: {words}",
+            f"systemd refused {member} of {unit or 'its manager'}: {error.words}",
             f"allow it in /etc/polkit-1/rules.d for the agent's user and {unit or 'the unit'}",
         )
-    if name in ABSENT or name.startswith(f"{BUS}.Error.Spawn."):
-        return _unavailable(f"systemd is not on the D-Bus: {words}")
-    return FailedError("unit_failed", f"systemd refused {member} of {unit}: {words}", f"see `systemctl status {unit}`")
+    if error.code in UNAVAILABLE:
+        return _unavailable(error.message)
+    return FailedError(
+        "unit_failed", f"systemd refused {member} of {unit}: {error.words}", f"see `systemctl status {unit}`"
+    )
 
 
 def _not_found(unit: str) -> FailedError:
@@ -385,8 +300,3 @@ def _unavailable(why: str) -> FailedError:
     return FailedError(
         "systemd_unavailable", why, "where there is no systemd, configure a restart command instead of a unit"
     )
-
-
-async def _wait_until_lost(bus: MessageBus) -> None:
-    with contextlib.suppress(Exception):
-        await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus-fast does not annotate it

@@ -26,6 +26,8 @@ log = get_logger("updates")
 PROGRESS_EVERY_S = 60.0
 OFFLINE_SAVE_S = 600.0
 MAX_COMMITS = 3
+ROLL_BACK_TRIES = 3
+ROLL_BACK_AGAIN_S = 2.0
 
 
 class AlreadyInstalled(Exception):  # noqa: N818
@@ -293,7 +295,7 @@ class Acts:
         if self.restarts.ends_process and not back and "undone" not in self._progress:
             self._progress["undone"] = self.restarts.now()
             await case.save(f"{self._manifest.name} {self._manifest.version}: going back")
-        await self._installer.roll_back(before)
+        await self._go_back(before)
         if "RESTARTING" in self._progress["attempts"] or self.restarts.ends_process:
             if before is None:
                 if not back:
@@ -303,6 +305,19 @@ class Acts:
                 return Outcome.FAILED
         await self._installer.clean_up(frozenset({before} if before else ()))
         return Outcome.DONE
+
+    async def _go_back(self, before: str | None) -> None:
+        """What fails for now, a service that is just being started again say, must not leave a bad version running."""
+        for left in reversed(range(ROLL_BACK_TRIES)):
+            try:
+                await self._installer.roll_back(before)
+            except (AgentError, OSError) as error:
+                if not left:
+                    raise
+                log.warning("going back did not work, once more", target=self._case.name, reason=str(error))
+                await asyncio.sleep(ROLL_BACK_AGAIN_S)
+            else:
+                return
 
     async def _is_back(self) -> bool:
         """Whether the version before already runs, as the camera or the agent was restarted into it."""

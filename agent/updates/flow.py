@@ -16,6 +16,8 @@ from agent.updates.acts import Acts, AlreadyInstalled
 from agent.updates.case import Case
 from agent.updates.states import FINAL, UNTOUCHED, Outcome, Seen, Slot, State, following, rebuild, resume
 
+OBSERVE_TRIES = 30
+OBSERVE_AGAIN_S = 10.0
 T = TypeVar("T")
 log = get_logger("updates")
 
@@ -85,8 +87,7 @@ class Flow:
         self._floor, self._failures = kept.floor, kept.failures
         if not self._job.progress:
             return State.RECEIVED, True
-        slot = await self._installer.probe(manifest)
-        running, _ = await self._installer.running()
+        slot, running = await self._observe()
         try:
             self._progress.update(copy.deepcopy(self._job.progress))
             state = State(self._progress["state"])
@@ -105,6 +106,20 @@ class Flow:
         if after not in FINAL and (after not in UNTOUCHED or after is State.INSTALLING):
             await self._lock()
         return after, not (after in FINAL and after is state)
+
+    async def _observe(self) -> tuple[Slot, str | None]:
+        """What the installer says is there; after a start it may take a while until it can be asked."""
+        for left in reversed(range(OBSERVE_TRIES)):
+            try:
+                slot = await self._installer.probe(self._case.manifest)
+                running, _ = await self._installer.running()
+            except (AgentError, OSError) as error:
+                log.warning("what is installed can't be seen yet", target=self._case.name, reason=str(error))
+                if left:
+                    await asyncio.sleep(OBSERVE_AGAIN_S)
+            else:
+                return slot, running
+        return "absent", None
 
     async def _explain(self, state: State, after: State, slot: Slot) -> None:
         """The reason, where the restart itself is why the update does not go on as it was."""

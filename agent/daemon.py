@@ -41,8 +41,10 @@ from agent.telemetry.outbox import Outbox
 from agent.telemetry.report import presence
 from agent.telemetry.reports import Reports, Sources
 from agent.updates import packages
+from agent.updates.apply_lock import ApplyLocks
 from agent.updates.fetch import Limits
 from agent.updates.gate import ConfigurationGate
+from agent.updates.holds import Holds
 from agent.updates.packages import Packages
 from agent.updates.preflight import restart_target
 from agent.updates.restarts import Restarter
@@ -101,7 +103,11 @@ class Daemon:
 
     async def _serve(self) -> None:
         view = View(self._parts)
-        server = Server(view, self._settings.api_socket)
+        updates, parts = self._settings.updates, self._parts
+        locks = self._settings.paths.runtime_dir / "apply-locks.json"
+        parts.locks = ApplyLocks(locks, updates.apply_lock_max_s, switching=parts.switching)
+        await parts.locks.load()
+        server = Server(view, self._settings.api_socket, updates.apply_lock_users)
         await server.open()
         tasks = asyncio.create_task(self._tasks(server, view), name="tasks")
         stop = asyncio.create_task(self._stop.wait(), name="stop")
@@ -156,7 +162,7 @@ class Daemon:
         reports = parts.reports = self._build_reports(thing, outbox)
         while self._noted_early:
             reports.note(self._noted_early.popleft())
-        update = parts.updates = self._build_update(session)
+        update = parts.updates = self._build_update(thing, session)
         await update.load()
         jobs = JobsClient(session, thing)
         engine = parts.engine = self._build_engine(jobs, update, await asyncio.to_thread(host_facts))
@@ -207,8 +213,15 @@ class Daemon:
             interval_s=self._settings.telemetry.interval_s,
         )
 
-    def _build_update(self, session: Session) -> Update:
-        settings = self._settings
+    def _build_update(self, thing: str, session: Session) -> Update:
+        settings, parts, store = self._settings, self._parts, self._store
+        assert parts.locks
+
+        async def received_at(job_id: str) -> float | None:
+            job = await store.read(lambda t: t.job(job_id))
+            return job.get("received_at") if job else None
+
+        parts.holds = Holds(settings.updates, thing, parts.locks, received_at=received_at, too_hot=parts.too_hot)
         return Update(
             settings.updates.targets,
             keys_dir=settings.updates.keys_dir,
@@ -224,6 +237,7 @@ class Daemon:
             capture=self._parts.capture,
             cloud_ok=partial(_is_connected, session),
             conditions=self._conditions_set,
+            holds=parts.holds,
             mutation_lock=self._mutation_lock,
             agent_version=self._version,
             limits=Limits(proxy_url=settings.cloud.proxy_url),

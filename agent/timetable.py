@@ -77,9 +77,9 @@ def _days(text: str | None) -> frozenset[int]:
         return frozenset(range(7))
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
+        first, dash, last = part.partition("-")
         try:
-            one, other = DAYS.index(first), DAYS.index(last or first)
+            one, other = DAYS.index(first), DAYS.index(last if dash else first)
         except ValueError:
             raise ValueError(f"{part!r} is none of {', '.join(DAYS)}, nor a range of them") from None
         found.update((one + step) % 7 for step in range((other - one) % 7 + 1))

@@ -26,6 +26,8 @@ from agent.settings import Settings
 from agent.store import Store
 from agent.telemetry.outbox import Outbox
 from agent.telemetry.reports import Reports
+from agent.updates.apply_lock import ApplyLocks
+from agent.updates.holds import Holds
 from agent.updates.update import Update
 
 Json = dict[str, Any]
@@ -50,6 +52,8 @@ class Parts:
     capture: Capture | None = None
     health: Health | None = None
     engine: Engine | None = None
+    locks: ApplyLocks | None = None
+    holds: Holds | None = None
     updates: Update | None = None
     configuration: Configuration | None = None
     outbox: Outbox | None = None
@@ -99,6 +103,19 @@ class Parts:
                     "since": link.since,
                 }
             )
+        for name, target in (self.updates.status() if self.updates else {}).items():
+            last = target["last"] or {}
+            if last.get("code") == "rollback_failed":
+                found.append(
+                    {
+                        "condition": "update.rollback_failed",
+                        "source": name,
+                        "severity": "critical",
+                        "message": last.get("message", "going back failed"),
+                        "remedy": "look at the camera's images and unit; a new update can mend it",
+                        "since": last.get("at"),
+                    }
+                )
         if link.state == "connected" and link.code:
             found.append(
                 {
@@ -111,6 +128,15 @@ class Parts:
                 }
             )
         return found
+
+    def too_hot(self) -> str:
+        """What is too hot, in words; empty when nothing is."""
+        found = self.health.conditions() if self.health else []
+        return "; ".join(c["message"] for c in found if c["condition"] == "temperature.high")
+
+    def switching(self) -> str:
+        """Which target is just being switched, in words; empty when none."""
+        return self.updates.switching() if self.updates else ""
 
     def one_line(self) -> str:
         """The state in a few words, for `systemctl status`."""
@@ -199,6 +225,39 @@ class View:
         if capture is None:
             return {"sources": {}, "conditions": []}
         return {"sources": capture.live(), "conditions": capture.conditions()}
+
+    async def updates(self) -> Json:
+        parts = self._parts
+        return {
+            "targets": parts.updates.status() if parts.updates else {},
+            "window": await parts.holds.window() if parts.holds else None,
+            "locks": parts.locks.listing() if parts.locks else [],
+        }
+
+    async def roll_back(self, target: str, actor: str) -> Json:
+        parts = self._parts
+        if parts.updates is None or parts.store is None:
+            raise RefusedError(
+                "not_ready", "nothing can be taken back until the camera has its identity", "agentctl doctor"
+            )
+        begun = await parts.updates.roll_back(target)
+        await parts.store.write(lambda t: t.add_audit(actor, "update.rollback_asked", {"target": target, **begun}))
+        return begun
+
+    def apply_locks(self) -> Json:
+        locks = self._locks()
+        return {"locks": locks.listing(), "max_s": locks.max_s}
+
+    async def take_apply_lock(self, holder: str, seconds: float, reason: str, actor: str, *, admin: bool) -> Json:
+        return await self._locks().take(holder, seconds, reason, by=actor, admin=admin)
+
+    async def release_apply_lock(self, holder: str, actor: str, *, admin: bool) -> None:
+        await self._locks().release(holder, by=actor, admin=admin)
+
+    def _locks(self) -> ApplyLocks:
+        if self._parts.locks is None:
+            raise RefusedError("not_ready", "the agent is only starting", "try again")
+        return self._parts.locks
 
     async def stream(self) -> AsyncIterator[Json]:
         while True:

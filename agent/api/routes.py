@@ -1,6 +1,7 @@
 """The local API on one page: every path, who may use it, and what answers it. Knows nothing of HTTP libraries or sockets.
 
-`read` is whoever may connect to the socket; `write` is root, the agent's own user and the group camera-admins.
+`read` is whoever may connect to the socket; `write` is root, the agent's own user and the group camera-admins; `lock` is
+these and the users that `updates.apply_lock_users` names.
 """
 
 from __future__ import annotations
@@ -59,6 +60,26 @@ class Agent(Protocol):
         """`sources` by name, as they are now, and the `conditions` that are set."""
         ...
 
+    async def updates(self) -> Json:
+        """`targets` by name with what is installed and how an update stands, the `window`, and the apply `locks`."""
+        ...
+
+    async def roll_back(self, target: str, actor: str) -> Json:
+        """Go back to the version before: `state` and `message`, once begun. Raises RefusedError."""
+        ...
+
+    def apply_locks(self) -> Json:
+        """`locks`, each with `holder`, `reason`, `by` and `expires_in_s`, and the longest time for one, `max_s`."""
+        ...
+
+    async def take_apply_lock(self, holder: str, seconds: float, reason: str, actor: str, *, admin: bool) -> Json:
+        """Hold off switches for a time, or for longer; the lock as in `apply_locks`. Raises RefusedError."""
+        ...
+
+    async def release_apply_lock(self, holder: str, actor: str, *, admin: bool) -> None:
+        """End a lock before its time. Raises RefusedError."""
+        ...
+
     def stream(self) -> AsyncIterator[Json]:
         """What `capture` returns, once a second, until closed."""
         ...
@@ -70,12 +91,15 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What a handler gets: parts of the path in braces, the query, who asks (`local:<user>`), and the body."""
+    """What a handler gets: parts of the path in braces, the query, who asks (`local:<user>`, for reading `local:<uid>`), and
+    the body; `admin` is who may use everything.
+    """
 
     path: Mapping[str, str]
     query: Mapping[str, str]
     actor: str
     body: bytes = b""
+    admin: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,7 @@ class Route:
 
     method: Literal["GET", "POST"]
     path: str
-    access: Literal["read", "write"]
+    access: Literal["read", "write", "lock"]
     handler: Callable[[Agent, Request], Awaitable[Reply]]
 
 
@@ -146,10 +170,10 @@ async def _cancel_job(agent: Agent, request: Request) -> Reply:
 
 
 async def _plan_job(agent: Agent, request: Request) -> Reply:
-    return {"plan": await agent.plan_job(_json_of(request.body))}
+    return {"plan": await agent.plan_job(_json_of(request.body, "send the job document as it is"))}
 
 
-def _json_of(body: bytes) -> Any:
+def _json_of(body: bytes, hint: str) -> Any:
     """The JSON value in `body`. Raises RefusedError."""
 
     def refuse(name: str) -> NoReturn:
@@ -161,7 +185,58 @@ def _json_of(body: bytes) -> Any:
         why = "it is nested too deep"
     except ValueError as error:
         why = str(error) if body.strip() else "it is empty"
-    raise RefusedError("bad_request", f"the body is not JSON: {why:.200}", "send the job document as it is")
+    raise RefusedError("bad_request", f"the body is not JSON: {why:.200}", hint)
+
+
+async def _updates(agent: Agent, _: Request) -> Reply:
+    return await agent.updates()
+
+
+async def _roll_back(agent: Agent, request: Request) -> Reply:
+    return {"rollback": await agent.roll_back(request.path["target"], request.actor)}
+
+
+LOCK_HINT = (
+    'send {"seconds": 300, "holder": "capture-pipeline", "reason": "finishing a recording"}; only seconds must be'
+)
+UNLOCK_HINT = 'send {"holder": "capture-pipeline"}, or nothing for the lock of your own name'
+
+
+async def _locks(agent: Agent, _: Request) -> Reply:
+    return agent.apply_locks()
+
+
+async def _take_lock(agent: Agent, request: Request) -> Reply:
+    wanted = _fields(request.body, {"holder": str, "seconds": (int, float), "reason": str}, LOCK_HINT)
+    if "seconds" not in wanted:
+        raise RefusedError("bad_request", "seconds is missing", LOCK_HINT)
+    holder, reason = wanted.get("holder", _own_name(request)), wanted.get("reason", "")
+    lock = await agent.take_apply_lock(holder, wanted["seconds"], reason, request.actor, admin=request.admin)
+    return {"lock": lock}
+
+
+async def _release_lock(agent: Agent, request: Request) -> Reply:
+    wanted = _fields(request.body, {"holder": str}, UNLOCK_HINT) if request.body else {}
+    await agent.release_apply_lock(wanted.get("holder", _own_name(request)), request.actor, admin=request.admin)
+    return agent.apply_locks()
+
+
+def _own_name(request: Request) -> str:
+    return request.actor.removeprefix("local:")
+
+
+def _fields(body: bytes, types: Mapping[str, type | tuple[type, ...]], hint: str) -> Json:
+    """The JSON object in `body`, which may have these keys, each of its type. Raises RefusedError."""
+    found = _json_of(body, hint)
+    if not isinstance(found, dict):
+        raise RefusedError("bad_request", "the body is not a JSON object", hint)
+    for key, value in found.items():
+        if key not in types:
+            raise RefusedError("bad_request", f"there is no key {key!r:.40}", hint)
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            kind = "a text" if types[key] is str else "a number"
+            raise RefusedError("bad_request", f"{key} must be {kind}", hint)
+    return found
 
 
 async def _config(agent: Agent, _: Request) -> Reply:
@@ -210,6 +285,11 @@ ROUTES = (
     Route("POST", "/v1/jobs/{id}/cancel", "write", _cancel_job),
     Route("GET", "/v1/config", "read", _config),
     Route("GET", "/v1/config/explain", "read", _explain),
+    Route("GET", "/v1/updates", "read", _updates),
+    Route("POST", "/v1/updates/{target}/rollback", "write", _roll_back),
+    Route("GET", "/v1/updates/lock", "read", _locks),
+    Route("POST", "/v1/updates/lock", "lock", _take_lock),
+    Route("POST", "/v1/updates/unlock", "lock", _release_lock),
     Route("GET", "/v1/capture", "read", _capture),
     Route("GET", "/v1/capture/stream", "read", _stream),
     Route("GET", "/v1/metrics", "read", _metrics_json),

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,15 @@ CHECK_EVERY_S = 10.0
 
 
 class Server:
-    """The API of `agent` on `socket_file`: `open`, then `run` until cancelled; `run` removes the socket at its end."""
+    """The API of `agent` on `socket_file`: `open`, then `run` until cancelled; `run` removes the socket at its end.
 
-    def __init__(self, agent: routes.Agent, socket_file: Path) -> None:
+    `lock_users` are the names of those who may use what has access `lock`, besides those who may write.
+    """
+
+    def __init__(self, agent: routes.Agent, socket_file: Path, lock_users: Collection[str] = ()) -> None:
         self._agent = agent
         self._path = socket_file
+        self._lock_users = frozenset(lock_users)
         self._listener: sockets.Listener | None = None
         self._http: web.Server | None = None
         self._protocol: Callable[[], asyncio.Protocol]
@@ -215,19 +219,16 @@ class Server:
                 return refusal
             raise RefusedError("no_such_path", f"there is no {request.path}")
         peer = _peer(request)
-        if route.access == "write" and not self._may_write(peer):
-            return _error(
-                403,
-                "forbidden",
-                f"uid {peer.uid} may look but not change anything",
-                f"use sudo, or become a member of the group {sockets.ADMINS}",
-            )
+        admin, user = self._may_write(peer), str(peer.uid)
+        if route.access != "read":
+            user = await asyncio.to_thread(sockets.user_name, peer.uid)
+            if not admin and not (route.access == "lock" and user in self._lock_users):
+                return _forbidden(route, peer)
         body = await _read_body(request)
-        actor = f"local:{peer.uid}"
-        if route.access == "write":
-            actor = f"local:{await asyncio.to_thread(sockets.user_name, peer.uid)}"
-            log.info("request", method=request.method, path=request.path, actor=actor, pid=peer.pid)
-        reply = await route.handler(self._agent, routes.Request(values, dict(request.query), actor, body))
+        if route.access != "read":
+            log.info("request", method=request.method, path=request.path, actor=f"local:{user}", pid=peer.pid)
+        asked = routes.Request(values, dict(request.query), f"local:{user}", body, admin)
+        reply = await route.handler(self._agent, asked)
         if isinstance(reply, dict):
             return _json(200, reply)
         if isinstance(reply, routes.Text):
@@ -244,6 +245,13 @@ def _peer(request: web.BaseRequest) -> sockets.Peer:
     if connection is None:
         raise RefusedError("client_gone", "the client has closed the connection")
     return sockets.peer_of(connection)
+
+
+def _forbidden(route: routes.Route, peer: sockets.Peer) -> web.Response:
+    hint = f"use sudo, or become a member of the group {sockets.ADMINS}"
+    if route.access == "lock":
+        hint += ", or let updates.apply_lock_users of agent.toml name the user"
+    return _error(403, "forbidden", f"uid {peer.uid} may look but not change anything", hint)
 
 
 def _abort(request: web.BaseRequest) -> None:

@@ -85,6 +85,8 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
     percent: int | None = None
     """How much is downloaded."""
+    switching: bool = False
+    """Whether the decision to switch has been made."""
 
     def __post_init__(self) -> None:
         self.envelope = envelope_of(self.job.document)

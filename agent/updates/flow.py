@@ -225,22 +225,22 @@ class Flow:
 
     async def _ready_to_switch(self) -> Outcome:
         await self._acts.settle()
-        return await self._permission()
+        while True:
+            await self._permission()
+            self._case.switching = True  # from here on no lock is given, so one more look sees all there are
+            if not await self._acts.is_held("switch"):
+                return Outcome.DONE
+            self._case.switching = False
+            self._unlock()
 
     async def _permission(self) -> Outcome:
         """Return with the lock against other changes once nothing else holds the update; never keep it while waiting."""
-        while await self._waited():
-            pass
-        return Outcome.DONE
-
-    async def _waited(self) -> bool:
-        if not self._holds_lock and await self._acts.held("switch"):
-            return True
-        await self._lock()
-        if await self._acts.is_held("switch"):
+        while await self._acts.is_held("switch"):
             self._unlock()
-            return True
-        return False
+            await self._acts.held("switch")
+            await self._lock()
+        await self._lock()
+        return Outcome.DONE
 
     async def _lock(self) -> None:
         if not self._holds_lock:

@@ -28,6 +28,7 @@ from agent.updates.preflight import envelope_of
 from agent.updates.restarts import Restarter
 from agent.updates.states import FINAL, FORWARD, ON_TRIAL, State
 
+UNDER_CHANGE = (*ON_TRIAL, State.COMMITTING, State.ROLLING_BACK)
 log = get_logger("updates")
 
 
@@ -88,7 +89,7 @@ class Update:
             settle_deadline_s=settle_deadline_s,
         )
         self._status = {name: _idle() for name in targets}
-        self._running: dict[str, Job] = {}
+        self._running: dict[str, Case] = {}
         self._asked = asyncio.Event()
         self.changed = asyncio.Event()
 
@@ -161,7 +162,7 @@ class Update:
             self._tell(name, state, words, case.percent if state is State.DOWNLOADING else None)
 
         case.on_state = on_state
-        self._running[name] = job
+        self._running[name] = case
         try:
             return await Flow(case).run()
         finally:
@@ -184,7 +185,7 @@ class Update:
                     f"an update of {name} is under way and has changed nothing yet",
                     "cancel its job",
                 )
-            self._running[name].cancelled.set()
+            self._running[name].job.cancelled.set()
             return {"state": "cancelling", "message": f"the update of {name} that is on trial is taken back"}
         words = await self._by_hand(name).ask()
         self._asked.set()
@@ -202,9 +203,10 @@ class Update:
             await self._asked.wait()
 
     def switching(self) -> str:
-        """Which target is just being switched or on trial, in words; empty when none."""
+        """Which target is just being switched, on trial or taken back, in words; empty when none."""
         states = {name: status["state"] for name, status in self._status.items()}
-        return ", ".join(f"{name} is {state}" for name, state in states.items() if state in ON_TRIAL)
+        decided = {name for name, case in self._running.items() if case.switching}
+        return ", ".join(f"{name} is {s}" for name, s in states.items() if s in UNDER_CHANGE or name in decided)
 
     def status(self) -> dict[str, dict[str, Any]]:
         """Per target: what runs (version, name, slot), the previous version, the update's state since when, what it waits

@@ -20,6 +20,7 @@ from agent.api.openmetrics import Metric
 from agent.api.server import Server
 from agent.errors import CloudError, RefusedError
 from agent.jobs.document import parse
+from agent.updates.apply_lock import ApplyLocks
 
 
 def entry(value: Any, origin: str = "default", *, since: float | None = None, remote: bool = False) -> dict[str, Any]:
@@ -88,6 +89,25 @@ def healthy_state(now: float) -> dict[str, Any]:
             },
         },
         "jobs": [update],
+        "updates": {
+            "targets": {
+                "pipeline": {
+                    "name": "pipeline",
+                    "version": "1.4.2",
+                    "slot": "3f2a9c81d0aa",
+                    "previous": "1.4.1",
+                    "state": "idle",
+                    "since": None,
+                    "waits_for": "",
+                    "next": "",
+                    "percent": None,
+                    "last": {"state": "COMMITTED", "version": "1.4.2", "at": now - 700},
+                    "quarantined": [],
+                }
+            },
+            "window": {"windows": [], "time_zone": "UTC", "state": "always", "words": "no window is set"},
+            "locks": [],
+        },
         "config": {
             "file": "/etc/camera-agent/agent.toml",
             "effective": {
@@ -111,10 +131,17 @@ def healthy_state(now: float) -> dict[str, Any]:
 
 
 class FakeAgent:
-    """Answers from `state`; a job named `broken` raises, one named `off-line` can't reach the cloud."""
+    """Answers from `state`; a job named `broken` raises, one named `off-line` can't reach the cloud.
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    `rollback` of the state is {"refused": [code, message, hint]}, or {"then": [status, …]}: how the target stands at each
+    look after it was taken back. `switching` is the target that is just being switched.
+    """
+
+    def __init__(self, state: dict[str, Any], locks_file: Path = Path("/nonexistent/locks")) -> None:
         self._state = state
+        self._locks = ApplyLocks(locks_file, 3600, switching=lambda: self.state.get("switching", ""))
+        self.rolled_back: list[tuple[str, str]] = []
+        self._then: list[dict[str, Any]] = []
         self.cancelled: list[tuple[str, str]] = []
         self.planned: list[Any] = []
         self.streams_open = 0
@@ -178,6 +205,33 @@ class FakeAgent:
     def capture(self) -> dict[str, Any]:
         return dict(self.state["capture"])
 
+    async def updates(self) -> dict[str, Any]:
+        answer = json.loads(json.dumps(self.state["updates"]))
+        if self._then:
+            answer["targets"]["pipeline"] = self._then.pop(0) if len(self._then) > 1 else self._then[0]
+        return {**answer, "locks": [*answer["locks"], *self._locks.listing()]}
+
+    async def roll_back(self, target: str, actor: str) -> dict[str, Any]:
+        if target not in self.state["updates"]["targets"]:
+            raise RefusedError("unknown_target", f"this camera has no update target {target}")
+        plan = self.state.get("rollback", {})
+        if "refused" in plan:
+            raise RefusedError(*plan["refused"])
+        self.rolled_back.append((target, actor))
+        self._then = list(plan.get("then", []))
+        return {"state": "going_back", "message": f"{target} goes back"}
+
+    def apply_locks(self) -> dict[str, Any]:
+        return {"locks": self._locks.listing(), "max_s": self._locks.max_s}
+
+    async def take_apply_lock(
+        self, holder: str, seconds: float, reason: str, actor: str, *, admin: bool
+    ) -> dict[str, Any]:
+        return await self._locks.take(holder, seconds, reason, by=actor, admin=admin)
+
+    async def release_apply_lock(self, holder: str, actor: str, *, admin: bool) -> None:
+        await self._locks.release(holder, by=actor, admin=admin)
+
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         self.streams_open += 1
         try:
@@ -198,7 +252,7 @@ class FileAgent(FakeAgent):
     """Answers from a file that a test may rewrite at any time."""
 
     def __init__(self, state_file: Path) -> None:
-        super().__init__({})
+        super().__init__({}, state_file.with_name("apply-locks.json"))
         self._file = state_file
 
     @property

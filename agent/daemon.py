@@ -17,6 +17,7 @@ from typing import IO, Any
 from agent.api.server import Server
 from agent.capture.capture import Capture
 from agent.cloud import identity, provisioning, topics
+from agent.cloud.file_stream import FileStreams
 from agent.cloud.jobs import JobsClient
 from agent.cloud.session import Session
 from agent.cloud.shadow import ShadowClient
@@ -45,8 +46,10 @@ from agent.updates.apply_lock import ApplyLocks
 from agent.updates.fetch import Limits
 from agent.updates.gate import ConfigurationGate
 from agent.updates.holds import Holds
+from agent.updates.installers.build import build
 from agent.updates.packages import Packages
 from agent.updates.preflight import restart_target
+from agent.updates.rate import cap_by_hour
 from agent.updates.restarts import Restarter
 from agent.updates.update import Update
 from agent.views import Parts, View
@@ -224,6 +227,7 @@ class Daemon:
         parts.holds = Holds(settings.updates, thing, parts.locks, received_at=received_at, too_hot=parts.too_hot)
         return Update(
             settings.updates.targets,
+            installers=build(settings, config_file=parts.config_file, version=self._version, units=self._units),
             keys_dir=settings.updates.keys_dir,
             downloads_dir=settings.paths.state_dir / "downloads",
             store=self._store,
@@ -240,7 +244,11 @@ class Daemon:
             holds=parts.holds,
             mutation_lock=self._mutation_lock,
             agent_version=self._version,
-            limits=Limits(proxy_url=settings.cloud.proxy_url),
+            limits=Limits(
+                proxy_url=settings.cloud.proxy_url,
+                streams=FileStreams(session, thing),
+                bytes_per_s=cap_by_hour(settings.updates.rate_limits, settings.updates.time_zone),
+            ),
         )
 
     def _build_engine(self, jobs: JobsClient, update: Update, host: Mapping[str, str]) -> Engine:

@@ -54,6 +54,26 @@ def shadow_delta(thing: str, name: str) -> str:
     return shadow(thing, name) + "/update/delta"
 
 
+def stream_describe(thing: str, stream_id: str) -> str:
+    """Request: which files a stream has."""
+    return f"$aws/things/{thing}/streams/{stream_id}/describe/json"
+
+
+def stream_get(thing: str, stream_id: str) -> str:
+    """Request: blocks of a stream's file."""
+    return f"$aws/things/{thing}/streams/{stream_id}/get/json"
+
+
+def stream_replies(thing: str) -> tuple[str, ...]:
+    """Filters of the answers to `stream_describe` and `stream_get` for whatever stream."""
+    return tuple(f"$aws/things/{thing}/streams/+/{kind}/json" for kind in ("description", "data", "rejected"))
+
+
+def stream_reply(topic: str) -> tuple[str, str]:
+    """Stream id and kind (`description`, `data` or `rejected`) of an answer's topic."""
+    return topic.split("/")[4], topic.split("/")[5]
+
+
 def certificate_from_csr() -> str:
     """Request: a certificate for a certificate signing request."""
     return "$aws/certificates/create-from-csr/json"

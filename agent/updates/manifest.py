@@ -22,7 +22,7 @@ MAX_SIGNATURES = 16
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Target = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
-Version = Annotated[str, StringConstraints(pattern=r"^[0-9][0-9A-Za-z.+~-]{0,63}$")]
+Version = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,9}:)?[0-9][0-9A-Za-z.+~-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Instant = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
 Label = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,128}$")]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,15 @@ def discard_others(folder: Path, keep: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
             if re.match(r"^\.?[0-9a-f]{64}(\.|$)", path.name) and not path.name.lstrip(".").startswith(keep):
-                path.unlink()
+                discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove whatever is there, also a folder. Blocking."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def bytes_on_disk(folder: Path, sha256: str) -> int:

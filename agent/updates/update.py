@@ -22,7 +22,6 @@ from agent.updates.fetch import DEFAULT_LIMITS, Limits, check_urls
 from agent.updates.flow import Flow
 from agent.updates.gate import Capture, Gate
 from agent.updates.installers import Installer
-from agent.updates.installers.app import App
 from agent.updates.manifest import parse_envelope, parse_manifest
 from agent.updates.preflight import envelope_of
 from agent.updates.restarts import Restarter
@@ -51,8 +50,8 @@ class Update:
         capture: Capture | None,
         cloud_ok: Callable[[], bool],
         mutation_lock: asyncio.Lock,
+        installers: Mapping[str, Installer],
         conditions: Callable[[], Collection[str]] = frozenset,
-        installers: Mapping[str, Installer] | None = None,
         holds: Holds | None = None,
         agent_version: str = "",
         compatible: Collection[str] = (),
@@ -62,16 +61,14 @@ class Update:
         settle_s: float = 5,
         settle_deadline_s: float = 60,
     ) -> None:
-        """`installers` are those of targets that are not plain slots; `compatible` are the kinds of camera this one is.
+        """`installers` are those of the targets, by their names; `compatible` are the kinds of camera this one is.
 
         `patience_s` is the time for a download, `offline_patience_s` that for the cloud to come back to a camera that was
         off-line before. After a roll-back the old version must run for `settle_s` before `settle_deadline_s`.
         """
         self.gate = Gate(restarter.units, capture, cloud_ok, conditions)
         self._targets = targets
-        self._installers: dict[str, Installer] = {
-            name: App(target.root) for name, target in targets.items() if target.installer == "app" and target.root
-        } | dict(installers or {})
+        self._installers = installers
         self._around = Surroundings(
             keys_dir=keys_dir,
             downloads_dir=downloads_dir,

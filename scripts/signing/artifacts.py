@@ -63,19 +63,24 @@ def _archive(artifact: Path, program: str | None) -> Facts:
 
 
 def _package(artifact: Path) -> Facts:
+    from agent.updates.installers.dpkg import unpacked_size
+
     text = _output(["dpkg-deb", "--field", str(artifact)], f"{artifact} is not a Debian package")
     fields = dict(re.findall(r"^(Package|Version|Architecture|Installed-Size): *(.*?) *$", text, re.MULTILINE))
-    lacking = [name for name in ("Package", "Version", "Architecture", "Installed-Size") if not fields.get(name)]
+    lacking = [name for name in ("Package", "Version", "Architecture") if not fields.get(name)]
     if lacking:
         raise SigningError(f"{artifact}: its control file has no {', '.join(lacking)}; build it again with it")
-    if ":" in fields["Version"]:
-        raise SigningError(f"{artifact}: version {fields['Version']} has an epoch, which updates can't carry")
     if fields["Architecture"] not in DEBIAN_MACHINES:
         raise SigningError(f"{artifact} is for {fields['Architecture']}; known are {', '.join(DEBIAN_MACHINES)}")
-    if not fields["Installed-Size"].isdecimal():
-        raise SigningError(f"{artifact}: Installed-Size {fields['Installed-Size']} is not a number")
+    said = fields.get("Installed-Size") or "0"
+    if not said.isdecimal():
+        raise SigningError(f"{artifact}: Installed-Size {said} is not a number")
+    try:
+        unpacked = unpacked_size(artifact)
+    except FailedError as error:
+        raise SigningError(f"{artifact}: {error.message}") from None
     machine = DEBIAN_MACHINES[fields["Architecture"]]
-    return Facts(int(fields["Installed-Size"]) * 1024, fields["Package"], fields["Version"], machine)
+    return Facts(max(int(said) * 1024, unpacked), fields["Package"], fields["Version"], machine)
 
 
 def _bundle(artifact: Path) -> Facts:

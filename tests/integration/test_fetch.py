@@ -16,7 +16,9 @@ from agent.updates.fetch import Limits, check_urls, fetch
 from agent.updates.preflight import bytes_on_disk, discard_others
 from tests.fakes_updates import Server, serving
 
-QUICK = Limits(chunk_bytes=64 * 1024, slow_for_s=0.3, first_wait_s=0.001, longest_wait_s=0.01, connect_s=2)
+QUICK = Limits(
+    chunk_bytes=64 * 1024, doubtful_s=0, slow_for_s=0.3, first_wait_s=0.001, longest_wait_s=0.01, connect_s=2
+)
 SECRET = "X-Amz-Signature=canary-4711"
 
 

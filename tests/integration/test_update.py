@@ -16,6 +16,7 @@ from agent.store import Store
 from agent.updates import gate as gates
 from agent.updates.fetch import Limits
 from agent.updates.gate import Gate
+from agent.updates.installers.app import App
 from agent.updates.manifest import digest_of
 from agent.updates.packages import Packages
 from agent.updates.restarts import Restarter
@@ -71,6 +72,7 @@ class Camera:
         self.lock = asyncio.Lock()
         self.update = Update(
             {"pipeline": self.target},
+            installers={"pipeline": App(self.root)} if self.target.installer == "app" else {},
             keys_dir=self.folder / "keys",
             downloads_dir=self.folder / "downloads",
             store=self.store,

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from agent.settings import Settings
@@ -46,8 +46,18 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if restart:
         sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "agent", *(argv if argv is not None else sys.argv[1:])])  # noqa: S606
+        _start_again(argv if argv is not None else sys.argv[1:])
     return 0
+
+
+def _start_again(arguments: list[str]) -> NoReturn:
+    """Become a new process image with the same id: by the loader, which chooses the version, where it started us."""
+    if loader := os.environ.get("CAMERA_AGENT_LOADER"):
+        try:
+            os.execv(loader, [loader, *arguments])  # noqa: S606
+        except OSError as error:
+            print(f"camera-agent: {loader} can't be started: {error.strerror}", file=sys.stderr)
+    os.execv(sys.executable, [sys.executable, "-m", "agent", *arguments])  # noqa: S606
 
 
 def _run(settings: Settings, document: dict[str, Any], config_file: Path) -> bool:

@@ -226,8 +226,7 @@ class Acts:
 
     async def fell_back_words(self) -> str:
         """That the target is not on the new version any more, with the installer's own words on why."""
-        why = getattr(self._installer, "why_not_running", None)
-        words = await why() if why else ""
+        words = await self._installer.why_not_running()
         return f"target {self._case.name} is not on the new version any more" + (f": {words}" if words else "")
 
     async def _watch(self, deadline_s: float, since: float, *, cloud: bool) -> Verdict:
@@ -252,6 +251,7 @@ class Acts:
         patience_s, started = self._around.offline_patience_s, time.monotonic()
         waited: float = self._progress.get("offline_s", 0.0)
         self._progress["boots"] = 0
+        await self._installer.count_anew(self._manifest)
         while (left := patience_s - waited) > 0:
             await self._case.save(
                 f"{self._manifest.name} {self._manifest.version}: all is well but for the cloud, awaited"

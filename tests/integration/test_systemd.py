@@ -508,7 +508,7 @@ def directives(file: Path) -> dict[str, list[str]]:
 def test_unit_is_valid(tmp_path: Path) -> None:
     unit = tmp_path / "camera-agent.service"
     shipped = (UNIT_FILES / "camera-agent.service").read_text()
-    unit.write_text(shipped.replace("/usr/bin/camera-agent run", "/bin/true run"))
+    unit.write_text(shipped.replace("/usr/libexec/camera-agent/camera-agent-loader", "/bin/true"))
     result = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -525,7 +525,10 @@ def test_unit_is_hardened() -> None:
 
 def test_unit_keeps_what_the_agent_needs() -> None:
     unit = directives(UNIT_FILES / "camera-agent.service")
-    assert unit["ExecStart"] == ["/usr/bin/camera-agent run --config /etc/camera-agent/agent.toml"]
+    loader = "/usr/libexec/camera-agent/camera-agent-loader"
+    assert unit["ExecStart"] == [f"{loader} run --config /etc/camera-agent/agent.toml"]
+    assert unit["ExecStopPost"] == [f"-{loader} stopped"]
+    assert unit["Restart"] == ["always"]
     assert unit["Type"] == ["notify"]
     assert unit["WatchdogSec"] == ["60"]
     # psutil reads /proc/stat; asking for the clock's state is denied by ProtectClock; status.json outlives a stop.

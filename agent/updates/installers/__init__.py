@@ -48,6 +48,12 @@ class Installer(Protocol):
     async def verify_running(self, manifest: Manifest) -> bool:
         """Whether that version is the active one."""
 
+    async def why_not_running(self) -> str:
+        """Why the armed version is not the active one, as far as it is known; else empty."""
+
+    async def count_anew(self, manifest: Manifest) -> None:
+        """The version is proven but for the cloud: what counts its starts, to go back by itself, begins anew."""
+
     async def commit(self, manifest: Manifest, previous: str | None) -> None:
         """Keep it for good, and of the others only the previous one."""
 

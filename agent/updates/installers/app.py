@@ -48,6 +48,12 @@ class App:
     async def verify_running(self, manifest: Manifest) -> bool:
         return await to_end(self.slots.verify_running, manifest.sha256)
 
+    async def why_not_running(self) -> str:
+        return ""
+
+    async def count_anew(self, manifest: Manifest) -> None:
+        """Nothing counts its starts."""
+
     async def commit(self, manifest: Manifest, previous: str | None) -> None:
         await to_end(self.slots.commit, manifest, previous)
 

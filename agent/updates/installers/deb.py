@@ -189,6 +189,12 @@ class Deb:
     async def verify_running(self, manifest: Manifest) -> bool:
         return await self.probe(manifest) == "active"
 
+    async def why_not_running(self) -> str:
+        return ""
+
+    async def count_anew(self, manifest: Manifest) -> None:
+        """Nothing counts its starts."""
+
     async def commit(self, manifest: Manifest, previous: str | None) -> None:  # noqa: ARG002
         await self._do("commit", {"sha256": manifest.sha256})
 

@@ -126,6 +126,12 @@ class Rauc:
         _, installed = await self.running()
         return installed is not None and installed.sha256 == manifest.sha256
 
+    async def why_not_running(self) -> str:
+        return "the boot loader has started the other slot"
+
+    async def count_anew(self, manifest: Manifest) -> None:
+        """The boot loader's tries are not ours to give again before the version is kept."""
+
     async def commit(self, manifest: Manifest, previous: str | None) -> None:
         """Mark what runs good. The slot before is kept as one to go back to, also when it came from the factory."""
         async with rauc.connected() as service:

@@ -86,7 +86,10 @@ class Engine:
                 log.exception("a journal record can't be read and is not used", record=str(data)[:200])
                 continue
             log.info("going on with a job after a restart", job_id=record.job_id, phase=record.phase)
-            await self._resume(record)
+            try:
+                await self._resume(record)
+            except BUGS:  # one record that can't be gone on with must not stop every job there will ever be
+                log.exception("a job can't be gone on with and is left", job_id=record.job_id)
         self._cloud.wake.set()
         while True:
             with contextlib.suppress(TimeoutError):
@@ -107,7 +110,8 @@ class Engine:
                 return
         elif record.phase is Phase.RUNNING and record.operation not in self._allow and record.progress:
             record = replace(record, stop_requested=True)  # what it has begun is the operation's to take back
-        await self._step(record, machine.Restarted(time.time()))
+        lasting = getattr(self._operations.get(record.operation), "lasting", False)
+        await self._step(record, machine.Restarted(time.time(), lasting))
 
     async def cancel(self, job_id: str) -> bool:
         """Ask the running job to stop where it safely can; False when it isn't the running one. Raises StoreError."""

@@ -18,8 +18,10 @@ from typing import Any
 
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "CANCELED", "REMOVED"})
 MAX_STARTS = 8
-HARD_MAX_STARTS = 64
-"""Beyond it even an operation that has begun something is given up: better a wrong end than a loop without one."""
+MAX_STARTS_LASTING = 64
+"""Of an operation that lasts, as one that waits for its window does, and limits its own attempts."""
+HARD_FACTOR = 8
+"""Beyond so many times that number even an operation that has begun something is given up: better a wrong end than a loop without one."""
 
 
 class Phase(StrEnum):
@@ -133,9 +135,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The agent started and found the record in the journal, at `at`."""
+    """The agent started and found the record in the journal, at `at`; `lasting` operations may see many starts."""
 
     at: float
+    lasting: bool = False
 
 
 Event = Took | Seen | Unclear | Gone | Done | Restarted
@@ -189,11 +192,12 @@ def _running(record: Record, event: Event) -> tuple[Record, Effect]:
             return replace(record, cancelled="REMOVED"), Effect.STOP
         case Unclear():
             return record, Effect.DESCRIBE
-        case Restarted(at):
-            if MAX_STARTS <= record.starts < HARD_MAX_STARTS and record.progress:
+        case Restarted(at, lasting):
+            most = MAX_STARTS_LASTING if lasting else MAX_STARTS
+            if most <= record.starts < HARD_FACTOR * most and record.progress:
                 # What it has begun is the operation's to take back: it is asked to stop where it safely can.
                 return replace(record, starts=record.starts + 1, stop_requested=True), Effect.RUN
-            if record.starts >= MAX_STARTS:
+            if record.starts >= most:
                 message = f"the agent was restarted {record.starts} times during this job"
                 details = {"reason_code": "restarted_too_often", "message": message}
                 return ended(record, "FAILED", details, at), Effect.REPORT

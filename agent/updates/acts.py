@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import copy
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal
 
-from agent.errors import AgentError, FailedError
+from agent.errors import AgentError, FailedError, RefusedError
 from agent.host.threads import to_end
 from agent.logs import get_logger
 from agent.updates import records, trust
@@ -26,8 +27,8 @@ log = get_logger("updates")
 PROGRESS_EVERY_S = 60.0
 OFFLINE_SAVE_S = 600.0
 MAX_COMMITS = 3
-ROLL_BACK_TRIES = 3
-ROLL_BACK_AGAIN_S = 2.0
+TRIES = 3
+AGAIN_S = 2.0
 
 
 class AlreadyInstalled(Exception):  # noqa: N818
@@ -60,6 +61,8 @@ class Acts:
         if installed is None and kept.installed and running and Path(running).name == kept.installed.sha256:
             installed = kept.installed
         root = await to_end(trust.load_root, around.keys_dir, kept.root)
+        if records.is_newer(root, kept.root):  # kept at once: what it has revoked must not come back with an older file
+            await around.store.write(lambda t: t.set_fact(records.ROOT, dict(root.source)))
         if kept.now is None:
             log.warning("the clock can't be believed, expiry is not checked", job_id=case.job.id)
         verified = await to_end(trust.verify, case.envelope, root, kept.now)
@@ -74,7 +77,7 @@ class Acts:
             raise AlreadyInstalled  # committed, not only in place: a trial may have been cut short
         records.check_quarantine(kept.failures, case.job.id, manifest.sha256)
         await self._installer.check(manifest)
-        case.facts = records.seen_root(root, kept.now)
+        case.facts = records.seen_time(kept.now)
         return Outcome.DONE
 
     async def preflight(self) -> Outcome:
@@ -113,7 +116,10 @@ class Acts:
             say(f"downloaded {case.percent} % of {manifest.size} bytes")
 
         async def fresh_urls() -> list[str]:
-            return list((await case.job.fresh_document())["urls"])
+            urls = (await case.job.fresh_document()).get("urls")
+            if not isinstance(urls, list):
+                raise RefusedError("url_invalid", "the job document has no list of urls any more", "send a new job")
+            return urls
 
         try:
             await fetch(
@@ -250,6 +256,7 @@ class Acts:
         """
         patience_s, started = self._around.offline_patience_s, time.monotonic()
         waited: float = self._progress.get("offline_s", 0.0)
+        last = Verdict(False, "cloud_lost")
         self._progress["boots"] = 0
         await self._installer.count_anew(self._manifest)
         while (left := patience_s - waited) > 0:
@@ -262,8 +269,11 @@ class Acts:
             waited += time.monotonic() - started
             started = time.monotonic()
             self._progress["offline_s"] = waited
-            if verdict.passed or verdict.code != "cloud_lost":
+            if verdict.passed or verdict.harm:
                 return verdict
+            last = verdict
+        if last.code != "cloud_lost":
+            return last
         if self._manifest.gate.offline_policy == "commit":
             return Verdict(True, reasons=(f"{proven.reasons[0]}; the cloud was not reached before nor after",))
         return Verdict(False, "cloud_lost", (f"the cloud was not reached within {patience_s:g} s",))
@@ -278,7 +288,7 @@ class Acts:
             await self._installer.arm(manifest)
             await self.restarts.restart()
         try:
-            await self._installer.commit(manifest, self._progress.get("from"))
+            await self._patiently(lambda: self._installer.commit(manifest, self._progress.get("from")))
             await to_end(discard_others, self._around.downloads_dir, "-")
         except OSError as error:
             log.warning("tidying up after an update failed", target=self._case.name, reason=str(error))
@@ -295,7 +305,7 @@ class Acts:
         if self.restarts.ends_process and not back and "undone" not in self._progress:
             self._progress["undone"] = self.restarts.now()
             await case.save(f"{self._manifest.name} {self._manifest.version}: going back")
-        await self._go_back(before)
+        await self._patiently(lambda: self._installer.roll_back(before))
         if "RESTARTING" in self._progress["attempts"] or self.restarts.ends_process:
             if before is None:
                 if not back:
@@ -306,16 +316,16 @@ class Acts:
         await self._installer.clean_up(frozenset({before} if before else ()))
         return Outcome.DONE
 
-    async def _go_back(self, before: str | None) -> None:
-        """What fails for now, a service that is just being started again say, must not leave a bad version running."""
-        for left in reversed(range(ROLL_BACK_TRIES)):
+    async def _patiently(self, act: Callable[[], Awaitable[None]]) -> None:
+        """What fails for now, as while a service is being started again, must not decide over the version that runs."""
+        for left in reversed(range(TRIES)):
             try:
-                await self._installer.roll_back(before)
+                await act()
             except (AgentError, OSError) as error:
-                if not left:
+                if not left or getattr(error, "code", "") == "fell_back":
                     raise
-                log.warning("going back did not work, once more", target=self._case.name, reason=str(error))
-                await asyncio.sleep(ROLL_BACK_AGAIN_S)
+                log.warning("it did not work, once more", target=self._case.name, reason=str(error))
+                await asyncio.sleep(AGAIN_S)
             else:
                 return
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from agent.errors import StoreError
 from agent.settings import UpdateTarget
 from agent.store import Store
 from agent.updates.fetch import Limits
@@ -18,6 +19,9 @@ from agent.updates.manifest import parse_envelope, parse_manifest
 from agent.updates.preflight import envelope_of
 from agent.updates.restarts import Restarter
 from agent.updates.states import State
+
+SAVE_TRIES = 13
+SAVE_AGAIN_S = 5.0
 
 
 class Job(Protocol):
@@ -93,9 +97,18 @@ class Case:
         self.manifest = parse_manifest(parse_envelope(self.envelope).payload)
 
     async def save(self, message: str) -> None:
-        """Make the record durable, with `facts` in the same transaction."""
+        """Make the record durable, with `facts` in the same transaction; a full disk is waited for, a while. Raises StoreError."""
         facts, self.facts = self.facts, {}
-        await self.job.save(copy.deepcopy(self.progress), message, facts=facts)
+        for left in reversed(range(SAVE_TRIES)):
+            try:
+                await self.job.save(copy.deepcopy(self.progress), message, facts=facts)
+            except StoreError as error:
+                if error.code != "store_full" or not left:
+                    raise
+                self.on_state(self.state, f"the disk is full, what happens next can't be recorded: {error.message}")
+                await asyncio.sleep(SAVE_AGAIN_S)
+            else:
+                return
 
     def reason(self, code: str, message: str, hint: str = "") -> None:
         """Why the update does not stay."""

@@ -53,6 +53,7 @@ class Flow:
         self._floor = 0
         self._failures: dict[str, Any] = {}
         self._holds_lock = False
+        self._unseen = ""
 
     async def run(self) -> dict[str, str]:
         """Returns the details of SUCCEEDED. Raises RefusedError, FailedError."""
@@ -87,6 +88,7 @@ class Flow:
         self._floor, self._failures = kept.floor, kept.failures
         if not self._job.progress:
             return State.RECEIVED, True
+        await self._take_up()
         slot, running = await self._observe()
         try:
             self._progress.update(copy.deepcopy(self._job.progress))
@@ -95,7 +97,7 @@ class Flow:
         except (KeyError, ValueError, TypeError, AttributeError):
             log.exception("the record of an update can't be read, going by what is there", job_id=self._job.id)
             self._progress.clear()
-            self._progress["from"], _ = await self._installer.previous()
+            self._progress["from"] = await self._before()
             committed = bool(kept.installed and kept.installed.sha256 == manifest.sha256)
             state = after = rebuild(slot, committed=committed)
             case.reason("interrupted", "the record of this update can't be read")
@@ -107,25 +109,52 @@ class Flow:
             await self._lock()
         return after, not (after in FINAL and after is state)
 
+    async def _take_up(self) -> None:
+        """Say what is gone on with, and keep others away, before anything is looked at: that may take its time."""
+        try:
+            saved = State(self._job.progress.get("state", ""))
+        except (ValueError, TypeError, AttributeError):
+            return
+        if saved in FINAL:
+            return
+        if self._job.progress.get("stop"):
+            self._job.cancelled.set()
+        self._case.on_state(saved, f"{self._case.manifest.name}: going on after a restart")
+        if saved not in UNTOUCHED:
+            self._case.switching = True
+            await self._lock()
+
     async def _observe(self) -> tuple[Slot, str | None]:
         """What the installer says is there; after a start it may take a while until it can be asked."""
         for left in reversed(range(OBSERVE_TRIES)):
             try:
                 slot = await self._installer.probe(self._case.manifest)
                 running, _ = await self._installer.running()
-            except (AgentError, OSError) as error:
-                log.warning("what is installed can't be seen yet", target=self._case.name, reason=str(error))
+            except Exception as error:
+                log.exception("what is installed can't be seen yet", target=self._case.name)
+                self._unseen = str(error) or type(error).__name__
                 if left:
                     await asyncio.sleep(OBSERVE_AGAIN_S)
             else:
+                self._unseen = ""
                 return slot, running
         return "absent", None
+
+    async def _before(self) -> str | None:
+        """What there is to go back to, where the record that says it is lost."""
+        try:
+            return (await self._installer.previous())[0]
+        except (AgentError, OSError) as error:
+            log.warning("the version before can't be told", target=self._case.name, reason=str(error))
+            return None
 
     async def _explain(self, state: State, after: State, slot: Slot) -> None:
         """The reason, where the restart itself is why the update does not go on as it was."""
         case = self._case
         if after is not state and "reason" not in self._progress and after in (State.ROLLING_BACK, State.FAILED):
-            if self._job.cancelled.is_set() and after is State.FAILED:
+            if self._unseen:
+                case.reason("interrupted", f"after a restart it can't be seen what runs: {self._unseen}")
+            elif self._job.cancelled.is_set() and after is State.FAILED:
                 case.reason("cancelled", "the job was cancelled, nothing was changed")
             elif state in (State.TRIAL, State.RESTARTING) and slot != "active":
                 case.reason("fell_back", await self._acts.fell_back_words())
@@ -176,9 +205,11 @@ class Flow:
         """Do the act of `state`; whatever goes wrong is kept as the reason."""
         try:
             outcome = await self._act(state)
-        except (AlreadyInstalled, RefusedError, StoreError):
+        except (AlreadyInstalled, StoreError):
             raise
         except AgentError as error:
+            if isinstance(error, RefusedError) and state in UNTOUCHED:
+                raise
             self._failed(state, error.code, error.message, error.hint)
             outcome = Outcome.FAILED
         except OSError as error:
@@ -224,9 +255,12 @@ class Flow:
         return Outcome.DONE
 
     async def _ready_to_switch(self) -> Outcome:
+        """Nothing is taken for granted after a wait that may have lasted days: keys, floors and what runs are looked at again."""
+        self._unlock()
         await self._acts.settle()
         while True:
             await self._permission()
+            await self._acts.verify()
             self._case.switching = True  # from here on no lock is given, so one more look sees all there are
             if not await self._acts.is_held("switch"):
                 return Outcome.DONE
@@ -244,6 +278,9 @@ class Flow:
 
     async def _lock(self) -> None:
         if not self._holds_lock:
+            if self._around.mutation_lock.locked():
+                state = State(self._progress.get("state") or self._job.progress["state"])
+                self._case.on_state(state, f"{self._case.manifest.name}: waits until another change has ended")
             await self._around.mutation_lock.acquire()
             self._holds_lock = True
 
@@ -255,11 +292,13 @@ class Flow:
     async def _take_back_unrecorded(self) -> None:
         """The store can't be written, so no decision can be kept: what runs must be what the last one said."""
         state = self._job.progress.get("state")
-        if state in (State.ARMED, State.RESTARTING, State.TRIAL, State.ROLLING_BACK):
+        if state in (State.ARMED, State.RESTARTING, State.TRIAL, State.COMMITTING, State.ROLLING_BACK):
             log.error("state.db can't be written in the middle of an update, going back", target=self._case.name)
             with contextlib.suppress(AgentError, OSError):
+                running, _ = await self._installer.running()
                 await self._installer.roll_back(self._progress.get("from"))
-                await self._acts.restarts.restart()
+                if running != self._progress.get("from") or not self._acts.restarts.ends_process:
+                    await self._acts.restarts.restart(recorded=False)
 
     async def _unless_cancelled(self, act: Coroutine[Any, Any, T], then: str) -> T:
         """The act's result; when the job is cancelled first, the act is stopped. Raises FailedError cancelled, with what follows."""
@@ -284,7 +323,7 @@ class Flow:
             entries=progress.get("entries", 1),
             boots=progress.get("boots", 0),
             restarted=self._acts.restarts.happened(progress.get("restart")),
-            moved="from" in progress and running != progress["from"],
+            moved="from" in progress and not self._unseen and running != progress["from"],
             cancelled=self._job.cancelled.is_set(),
         )
 

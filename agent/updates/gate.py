@@ -109,11 +109,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`passed` is None while the trial goes on; `code` and `reasons` say why it failed, or what it waits for."""
+    """`passed` is None while the trial goes on; `code` and `reasons` say why it failed, or what it waits for.
+
+    `harm`: it failed because of something that lasted, not because its time was over.
+    """
 
     passed: bool | None
     code: str = ""
     reasons: tuple[str, ...] = ()
+    harm: bool = False
 
 
 def judge(seen: Seen, checks: Sequence[Check], now: float, terms: Terms) -> tuple[Seen, Verdict]:
@@ -131,7 +135,7 @@ def judge(seen: Seen, checks: Sequence[Check], now: float, terms: Terms) -> tupl
     bad = [check for check in checks if check.ok is False]
     for check in bad:
         if check.harmful_after_s is not None and now - bad_since[check.name] >= check.harmful_after_s:
-            return seen, Verdict(False, check.code, _reasons([check, *(c for c in bad if c is not check)]))
+            return seen, Verdict(False, check.code, _reasons([check, *(c for c in bad if c is not check)]), harm=True)
     unknown = [check for check in checks if check.ok is None]
     if now >= terms.started + terms.deadline_s:
         words = f"not all was well for {terms.stable_for_s:g} s without a break within {terms.deadline_s:g} s"

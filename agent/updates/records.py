@@ -33,6 +33,15 @@ def failures_key(sha256: str) -> str:
     return f"updates.failures.{sha256}"
 
 
+def restart_key(target: str) -> str:
+    return f"updates.restart.{target}"
+
+
+def whole(fact: Any) -> int:
+    """A kept number; 0 for what is none."""
+    return fact if isinstance(fact, int) and fact >= 0 else 0
+
+
 def outcome_key(target: str) -> str:
     return f"updates.outcome.{target}"
 
@@ -60,7 +69,10 @@ async def read(store: Store, target: str, manifest: Manifest) -> Kept:
         )
     )
     root, floor, installed, failures, last = found
-    return Kept(root, floor, as_installed(installed), failures, believable_time(time.time(), last, clock_synchronised))
+    last = last if isinstance(last, int | float) else 0.0
+    failures = failures if isinstance(failures, dict) else {}
+    now = believable_time(time.time(), last, clock_synchronised)
+    return Kept(root, whole(floor), as_installed(installed), failures, now)
 
 
 def believable_time(now: float, last: float, synchronised: Callable[[], bool | None]) -> float | None:
@@ -71,15 +83,19 @@ def believable_time(now: float, last: float, synchronised: Callable[[], bool | N
 def as_installed(fact: Any) -> Installed | None:
     """A kept fact as Installed; None for nothing or another form."""
     try:
-        return Installed(**fact) if fact else None
-    except TypeError:
+        return Installed(str(fact["name"]), str(fact["version"]), str(fact["sha256"]), whole(fact["security_counter"]))
+    except (TypeError, KeyError):
         return None
 
 
-def seen_root(root: Root, now: float | None) -> dict[str, Any]:
-    """Facts once a manifest was verified: the root that did it, and the time if it can be believed."""
-    facts: dict[str, Any] = {ROOT: dict(root.source)}
-    return facts | ({LAST_TIME: now} if now is not None else {})
+def is_newer(root: Root, kept: Any) -> bool:
+    """Whether `root` is another than the kept one, which `load_root` has made sure is older."""
+    return bool(kept != dict(root.source))
+
+
+def seen_time(now: float | None) -> dict[str, Any]:
+    """The fact of the time, once a manifest was verified, if it can be believed."""
+    return {LAST_TIME: now} if now is not None else {}
 
 
 def committed(target: str, manifest: Manifest, floor: int) -> dict[str, Any]:
@@ -89,6 +105,7 @@ def committed(target: str, manifest: Manifest, floor: int) -> dict[str, Any]:
         installed_key(target): asdict(installed),
         floor_key(manifest.name): max(floor, manifest.security_counter),
         failures_key(manifest.sha256): {},
+        restart_key(target): manifest.restart,
         outcome_key(target): {"state": "COMMITTED", "version": manifest.version, "at": time.time()},
     }
 
@@ -97,7 +114,7 @@ def failed(
     target: str, manifest: Manifest, job_id: str, failures: dict[str, Any], reason: dict[str, str]
 ) -> dict[str, Any]:
     """Facts of an update that was tried and did not stay."""
-    count = failures.get("count", 0) if failures.get("job") == job_id else 0
+    count = whole(failures.get("count")) if failures.get("job") == job_id else 0
     code, why = reason["code"], reason["message"]
     return {
         failures_key(manifest.sha256): {
@@ -119,7 +136,7 @@ def failed(
 
 def check_quarantine(failures: dict[str, Any], job_id: str, sha256: str) -> None:
     """Raises RefusedError quarantined when executions of this job failed with this digest twice."""
-    if failures.get("job") == job_id and failures.get("count", 0) >= MAX_FAILURES:
+    if failures.get("job") == job_id and whole(failures.get("count")) >= MAX_FAILURES:
         raise RefusedError(
             "quarantined",
             f"the artifact {sha256[:12]}… was tried {failures['count']} times by this job and taken back each time",
@@ -133,5 +150,5 @@ def quarantined(failures: dict[str, Any], target: str) -> list[dict[str, Any]]:
     return [
         {"sha256": key.removeprefix(prefix), "version": kept.get("version"), "code": kept.get("code")}
         for key, kept in sorted(failures.items())
-        if kept and kept.get("target") == target and kept.get("count", 0) >= MAX_FAILURES
+        if isinstance(kept, dict) and kept.get("target") == target and whole(kept.get("count")) >= MAX_FAILURES
     ]

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agent.errors import FailedError
+from agent.errors import FailedError, StoreError
 from agent.settings import UpdateTarget
 from agent.store import Store
 from agent.updates.gate import Units
@@ -78,22 +78,26 @@ class Restarts:
             return True
         return self.kind == "agent" and saved.get("instance") != self._by.instance
 
-    async def restart(self) -> None:
-        """Restart it. Returns only when this process goes on. Raises FailedError."""
+    async def restart(self, *, recorded: bool = True) -> None:
+        """Restart it. Returns only when this process goes on. Not `recorded`: also when the store takes nothing. Raises FailedError."""
         if self.kind == "reboot":
-            await self._reboot()
+            await self._reboot(recorded)
         elif self.kind == "agent":
             await self._restart_agent()
         elif self.kind == "unit":
             await restart_target(self._target, self._by.units)
 
-    async def _reboot(self) -> None:
+    async def _reboot(self, recorded: bool) -> None:
         if self._by.reboot is None:
             raise FailedError("reboot_failed", "this agent has no way to reboot the camera")
         while (left := await self.spacing_s()) > 0:
             self._tell(spacing_words(left))
             await asyncio.sleep(min(left, 10.0))
-        await self._store.write(lambda t: t.set_fact(REBOOT_FACT, {"boot_id": self._by.boot_id}))
+        try:
+            await self._store.write(lambda t: t.set_fact(REBOOT_FACT, {"boot_id": self._by.boot_id}))
+        except StoreError:
+            if recorded:
+                raise
         await self._by.reboot()
         await asyncio.sleep(DOWN_LIMIT_S)
         raise FailedError(

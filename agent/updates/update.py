@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from agent.errors import AgentError, FailedError, RefusedError
+from agent.errors import FailedError, RefusedError
 from agent.logs import get_logger
 from agent.settings import UpdateTarget
 from agent.store import Store
-from agent.updates import records
+from agent.updates import by_hand, records
 from agent.updates.acts import Acts, AlreadyInstalled
 from agent.updates.by_hand import ByHand
 from agent.updates.case import Case, Holds, Job, Surroundings
@@ -25,7 +25,7 @@ from agent.updates.installers import Installer
 from agent.updates.manifest import parse_envelope, parse_manifest
 from agent.updates.preflight import envelope_of
 from agent.updates.restarts import Restarter
-from agent.updates.states import FINAL, FORWARD, ON_TRIAL, State
+from agent.updates.states import FINAL, FORWARD, ON_TRIAL, UNTOUCHED, State
 
 UNDER_CHANGE = (*ON_TRIAL, State.COMMITTING, State.ROLLING_BACK)
 log = get_logger("updates")
@@ -38,6 +38,8 @@ class Update:
     """
 
     name = "update"
+    lasting = True
+    """It may wait for days and limits its attempts itself, so that many starts of the agent are no sign of a loop."""
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class Update:
         )
         self._status = {name: _idle() for name in targets}
         self._running: dict[str, Case] = {}
+        self._going_back: set[str] = set()
         self._asked = asyncio.Event()
         self.changed = asyncio.Event()
 
@@ -152,7 +155,12 @@ class Update:
         if not job.progress:
             self.check(job.document)
         elif name not in self._installers:
-            raise FailedError("target_gone", f"target {name} was taken out of agent.toml in the middle of its update")
+            switched = job.progress.get("state") not in UNTOUCHED
+            raise FailedError(
+                "rollback_failed" if switched else "target_gone",
+                f"target {name} was taken out of agent.toml in the middle of its update",
+                "put it back and send the update again" if switched else "",
+            )
         case = Case(job, name, self._targets[name], self._installers[name], self._around)
 
         def on_state(state: State, words: str) -> None:
@@ -179,23 +187,34 @@ class Update:
             if self._status[name]["state"] not in ON_TRIAL:
                 raise RefusedError(
                     "update_under_way",
-                    f"an update of {name} is under way and has changed nothing yet",
-                    "cancel its job",
+                    f"an update of {name} is under way, it is {self._status[name]['state']}",
+                    "while nothing is switched yet, cancel its job: agentctl jobs cancel",
                 )
-            self._running[name].job.cancelled.set()
+            case = self._running[name]
+            case.progress["stop"] = True
+            await case.save(f"going back was asked for at the camera while {self._status[name]['state']}")
+            case.job.cancelled.set()
             return {"state": "cancelling", "message": f"the update of {name} that is on trial is taken back"}
-        words = await self._by_hand(name).ask()
+        hand = self._by_hand(name)
+        if wanted := await hand.wanted():
+            return {"state": "going_back", "message": hand.words(wanted)}
+        words = await hand.ask()
         self._asked.set()
         return {"state": "going_back", "message": words}
 
     async def serve(self) -> None:
         """Carry out what was asked for by hand, also before a restart, until cancelled."""
+        await self._around.store.write(lambda t: by_hand.drop_others(t, self._installers))
         while True:
             self._asked.clear()
             for name in self._installers:
-                by_hand = self._by_hand(name)
-                if record := await by_hand.wanted():
-                    await by_hand.run(record)
+                hand = self._by_hand(name)
+                if record := await hand.wanted():
+                    self._going_back.add(name)
+                    try:
+                        await hand.run(record)
+                    finally:
+                        self._going_back.discard(name)
                     await self._look(name)
             await self._asked.wait()
 
@@ -229,6 +248,8 @@ class Update:
         status |= {"state": str(state), "since": since, "waits_for": words, "next": str(follows), "percent": percent}
 
     async def _look(self, name: str) -> None:
+        if name in self._going_back:
+            return
         status, installer = _idle(), self._installers.get(name)
         try:
             kept, outcome, failures = await self._around.store.read(
@@ -249,8 +270,9 @@ class Update:
                 status["previous"] = known.version if known else _short(before)
             status["last"] = outcome
             status["quarantined"] = records.quarantined(failures, name)
-        except (AgentError, OSError) as error:
-            status["state"], status["waits_for"] = "unknown", str(error)
+        except Exception as error:  # a look must not undo what was decided, nor end the agent
+            log.exception("what is installed can't be seen", target=name)
+            status["state"], status["waits_for"] = "unknown", str(error) or type(error).__name__
         self._status[name] = status
         self.changed.set()
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.jobs.machine import (
-    HARD_MAX_STARTS,
+    HARD_FACTOR,
     MAX_STARTS,
+    MAX_STARTS_LASTING,
     TERMINAL,
     Done,
     Effect,
@@ -89,6 +90,12 @@ def test_restarts_in_a_job_are_counted_and_end():
     assert starts == MAX_STARTS
     assert effect is Effect.REPORT
     assert record.details["reason_code"] == "restarted_too_often"
+    record, effect = advance(received(), Took(2))
+    starts = 1
+    while effect is Effect.RUN:
+        record, effect = advance(record, Restarted(1.0, lasting=True))
+        starts += effect is Effect.RUN
+    assert starts == MAX_STARTS_LASTING
 
 
 @pytest.mark.conformance("F-12")
@@ -99,7 +106,7 @@ def test_an_operation_that_has_begun_something_is_asked_to_take_it_back_before_i
     while effect is Effect.RUN:
         record, effect = advance(record, Restarted(1.0))
         asked += effect is Effect.RUN and record.stop_requested
-    assert asked == HARD_MAX_STARTS - MAX_STARTS
+    assert asked == (HARD_FACTOR - 1) * MAX_STARTS
     assert effect is Effect.REPORT
 
 

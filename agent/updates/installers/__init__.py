@@ -60,6 +60,12 @@ class Installer(Protocol):
     async def roll_back(self, previous: str | None) -> None:
         """Make the version before active again; None: there was none."""
 
+    async def step_back(self, previous: str) -> None:
+        """Like `roll_back`, but from a version that was kept: it must be able to come back."""
+
+    async def stay(self) -> None:
+        """What was stepped back to has been seen to run: it is kept."""
+
     async def clean_up(self, keep: frozenset[str]) -> None:
         """Remove what is neither active nor in `keep`, what `running` returned."""
 

@@ -145,6 +145,18 @@ class AgentInstaller:
         await to_end(self.slots.roll_back, previous)
         await to_end(self._drop, "trial")
 
+    async def step_back(self, previous: str) -> None:
+        """Move `current` with the loader's trial the other way round. Raises FailedError slot_missing, agent_unfit."""
+        program = self._root / previous / PROGRAM
+        await self._starts(program, Path(previous).name[:12])
+        own = (await self.running())[0]
+        await to_end(self._write_trial, own or "", previous)
+        await to_end(self.slots.roll_back, previous)
+
+    async def stay(self) -> None:
+        await to_end(self._drop, "trial")
+        await to_end(self._drop, "fell_back")
+
     async def clean_up(self, keep: frozenset[str]) -> None:
         """Also forget why the loader went back, once what it says has been kept elsewhere."""
         await to_end(self._drop_settled)
@@ -164,7 +176,15 @@ class AgentInstaller:
 
     async def _try(self, manifest: Manifest) -> None:
         """Start it without consequences; what does not pass is removed. Raises FailedError agent_unfit."""
-        program = self.slots.slots / manifest.sha256 / PROGRAM
+        try:
+            await self._starts(self.slots.slots / manifest.sha256 / PROGRAM, f"{manifest.name} {manifest.version}")
+        except FailedError:
+            await self.forget(manifest)
+            raise
+        self._tried.add(manifest.sha256)
+
+    async def _starts(self, program: Path, what: str) -> None:
+        """That `program` says its version and accepts agent.toml. Raises FailedError agent_unfit."""
         environment = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_DOWN}
         try:
             for arguments, words in (
@@ -174,14 +194,9 @@ class AgentInstaller:
                 result = await processes.run([str(program), *arguments], timeout_s=TRY_S, env=environment)
                 if not result.succeeded:
                     said = " ".join((result.stderr.text or result.stdout.text).split())[-300:]
-                    _unfit(manifest, f"{words} ({result.describe()}){': ' + said if said else ''}")
+                    _unfit(what, f"{words} ({result.describe()}){': ' + said if said else ''}")
         except processes.NotStartedError as error:
-            await self.forget(manifest)
-            _unfit(manifest, f"has no {PROGRAM} that can be started: {error.strerror}")
-        except FailedError:
-            await self.forget(manifest)
-            raise
-        self._tried.add(manifest.sha256)
+            _unfit(what, f"has no {PROGRAM} that can be started: {error.strerror}")
 
     def _arm(self, sha256: str, before: str | None) -> None:
         link = f"slots/{sha256}"
@@ -231,9 +246,9 @@ def _lines(path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
-def _unfit(manifest: Manifest, why: str) -> NoReturn:
+def _unfit(what: str, why: str) -> NoReturn:
     raise FailedError(
         "agent_unfit",
-        f"{manifest.name} {manifest.version} {why}",
+        f"{what} {why}",
         "build the slot for this camera with make-agent-slot",
     )

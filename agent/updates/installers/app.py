@@ -60,6 +60,12 @@ class App:
     async def roll_back(self, previous: str | None) -> None:
         await to_end(self.slots.roll_back, previous)
 
+    async def step_back(self, previous: str) -> None:
+        await self.roll_back(previous)
+
+    async def stay(self) -> None:
+        """Nothing would take it back."""
+
     async def clean_up(self, keep: frozenset[str]) -> None:
         await to_end(self.slots.clean_up, keep)
 

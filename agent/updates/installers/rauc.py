@@ -173,6 +173,14 @@ class Rauc:
             known = (await to_end(self._records.read)).taken_back(away.name, for_good=back.name)
             await to_end(self._records.write, known)
 
+    async def step_back(self, previous: str) -> None:
+        await self.roll_back(previous)
+
+    async def stay(self) -> None:
+        """The boot loader stops counting its starts."""
+        async with rauc.connected() as service:
+            await service.mark("good", "booted")
+
     async def clean_up(self, keep: frozenset[str]) -> None:
         """Drop the records of other slots; what is in the slots stays."""
         async with rauc.connected() as service:

@@ -17,7 +17,7 @@ from pathlib import Path
 from agent.errors import CloudError, FailedError, RefusedError
 from agent.host.threads import to_end
 from agent.logs import get_logger
-from agent.updates.addresses import in_order, is_usable, stream_of
+from agent.updates.addresses import in_order, is_usable, spoken, stream_of
 from agent.updates.intake import Intake
 from agent.updates.part import Part
 from agent.updates.rate import Pace
@@ -58,6 +58,8 @@ class Limits:
     Counts the artifact's bytes as they are taken. What the kernel and the HTTP client read ahead, some 100 kB for each
     connection, and what TLS and MQTT add, come on top.
     """
+    waste_bytes: int = 64 * 2**20
+    """A download is given up when more than that, and three times its size, was taken and thrown away."""
     streams: Streams | None = None
     """The files of AWS IoT streams, for URLs `iot-stream:<stream id>/<file id>`."""
 
@@ -67,11 +69,12 @@ DEFAULT_LIMITS = Limits()
 
 def check_urls(urls: Sequence[str]) -> None:
     """Raises RefusedError url_invalid unless every URL is http or https with a host, or names the file of a stream."""
-    for url in urls:
-        if not is_usable(url) and not stream_of(url):
+    for number, url in enumerate(urls, start=1):
+        if not isinstance(url, str) or (not is_usable(url) and not stream_of(url)):
+            what = spoken(url) if isinstance(url, str) else "no text"
             raise RefusedError(
                 "url_invalid",
-                f"{url.split('?')[0]:.80} is not an http or https URL, nor iot-stream:STREAM/FILE",
+                f"URL {number} ({what}) is not an http or https URL with a host, nor iot-stream:STREAM/FILE",
                 "a placeholder ${aws:iot:s3-presigned-url:…} is replaced only when the job has a presignedUrlConfig",
             )
 
@@ -124,6 +127,16 @@ async def fetch(
     )
 
 
+class _CountingPace(Pace):
+    """Also counts the bytes that were taken, whether they are kept or not."""
+
+    taken = 0
+
+    async def took(self, count: int) -> None:
+        self.taken += count
+        await super().took(count)
+
+
 @dataclass
 class _Row:
     """Answers of one URL that could not be used, without a new byte between them."""
@@ -150,7 +163,8 @@ class _Download:
         self._ask = fresh_urls
         self._on_progress = on_progress
         self._on_wait = on_wait
-        self._pace = Pace(limits.bytes_per_s)
+        self._pace = _CountingPace(limits.bytes_per_s)
+        self._had = part.offset
         self._current: list[str] = []
         self._useless: dict[str, Useless] = {}
         self._expired = False
@@ -175,6 +189,7 @@ class _Download:
                     await self._attempt(http, intake, url)
                 except (Broken, Expired, Strange, Useless) as verdict:
                     self._why = str(verdict)
+                    self._check_waste()
                     await self._bear(verdict, url, before)
                     log.info("download interrupted", why=self._why, bytes=self._part.offset, size=self._part.size)
         finally:
@@ -210,6 +225,17 @@ class _Download:
                 self._current.append(self._current.pop(0))
                 await self._pause(progress=self._part.offset - before)
 
+    def _check_waste(self) -> None:
+        """Raises FailedError when too much that was taken is not there any more."""
+        wasted = self._had + self._pace.taken - self._part.offset
+        if wasted > 3 * self._part.size + self._limits.waste_bytes:
+            raise FailedError(
+                "download_failed",
+                f"{wasted // 1000} kB were taken and thrown away for {_amount(self._part.offset, self._part.size)}, "
+                f"as the server begins from the start after each break; last: {self._why}",
+                "serve the artifact from a server that can go on in the middle (HTTP ranges with a steady ETag)",
+            )
+
     def _given_up(self, answer: Strange, url: str) -> Useless | None:
         """The verdict on `url` after one more answer that can't be used, None while it is too early for one."""
         if self._part.offset > self._furthest:
@@ -232,8 +258,7 @@ class _Download:
                 raise RefusedError(
                     "", f"the URLs are refused, also new ones: {self._why}", "check the role that signs them"
                 )
-            fresh = await self._ask()
-            check_urls(fresh)
+            fresh = await self._fresh_urls()
         except CloudError as error:
             self._why = f"no new URL: {error.message}"
             await self._pause(progress=0)
@@ -248,9 +273,20 @@ class _Download:
             await self._pause(progress=0)
         self._current, self._expired = [url for url in in_order(fresh) if url not in self._useless], False
 
+    async def _fresh_urls(self) -> list[str]:
+        """New URLs, checked. Raises CloudError, and RefusedError when there are none to be had."""
+        try:
+            fresh = list(await self._ask())
+        except (AttributeError, KeyError, TypeError):
+            fresh = []
+        if not fresh:
+            raise RefusedError("url_invalid", "the job document has no list of urls any more", "send a new job")
+        check_urls(fresh)
+        return fresh
+
     async def _pause(self, *, progress: int) -> None:
         """Wait before the next attempt: shortly after progress, longer and longer without."""
-        if progress >= min(PROGRESS_BYTES, self._part.size // 100):
+        if progress >= max(1, min(PROGRESS_BYTES, self._part.size // 100)):
             self._wait = self._limits.first_wait_s
             self._asked = 0
         left = self._deadline - time.monotonic()

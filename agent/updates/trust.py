@@ -34,6 +34,11 @@ from agent.versions import compare_versions
 ROOT_PAYLOAD_TYPE = "application/vnd.camera-agent.root+json"
 ROOT_FILE = re.compile(r"^([1-9][0-9]{0,8}\.)?root\.json$")
 MAX_ROOT_BYTES = 100_000
+FORGET_KEPT_ROOT = (
+    "look first why it changed; then, with the agent stopped and the newest root.json in keys_dir: "
+    """sqlite3 state.db "DELETE FROM facts WHERE key='updates.root'\""""
+)
+"""What a person at the camera can do about a kept root that can't be used; nothing does it from afar."""
 
 RoleName = Literal["release", "emergency"]
 
@@ -160,10 +165,11 @@ def roles_of(envelope: Envelope, root: Root) -> frozenset[RoleName]:
     return frozenset(name for name, role in roles if len(signers & set(role.keyids)) >= role.threshold)
 
 
-def load_root(keys_dir: Path, kept: Any) -> Root:
+def load_root(keys_dir: Path, kept: Any, *, way_out: str = FORGET_KEPT_ROOT) -> Root:
     """The root to trust: the kept one, or root.json when none is kept, moved on by every newer root in the folder.
 
-    Blocking. Raises RefusedError: no_update_keys, keys_invalid, keys_rejected.
+    A kept root that can't be used is never passed over, as that would bring back older keys; `way_out` is the hint for it.
+    Blocking. Raises RefusedError: no_update_keys, keys_invalid, keys_rejected, kept_root_invalid.
     """
     found: dict[int, tuple[str, Root]] = {}
     for name, source in _root_files(keys_dir):
@@ -177,7 +183,7 @@ def load_root(keys_dir: Path, kept: Any) -> Root:
             f"there is no root.json in {keys_dir}, so no signature can be checked",
             "make keys with scripts/sign-update and put root.json there",
         )
-    trusted = parse_root(kept, "the kept root") if kept is not None else found[min(found)][1]
+    trusted = _kept_root(kept, way_out) if kept is not None else found[min(found)][1]
     if trusted.version in found and found[trusted.version][1].envelope.payload != trusted.envelope.payload:
         _rejected(found[trusted.version][0], f"it is not the version {trusted.version} that this camera trusts")
     for version in sorted(v for v in found if v > trusted.version):
@@ -226,7 +232,9 @@ def verify(document: Any, root: Root, now: float | None) -> Verified:
 def check_version(
     verified: Verified, installed: Installed | None, floor: int
 ) -> Literal["install", "already_installed"]:
-    """Whether to install over what is there. Raises RefusedError: counter_too_low, name_differs, version_not_newer."""
+    """Whether to install over what is there. Raises RefusedError: counter_too_low, name_differs, version_not_newer,
+    version_unknown.
+    """
     manifest = verified.manifest
     downgrade = manifest.allow_downgrade and "emergency" in verified.roles
     if manifest.security_counter < floor:
@@ -245,13 +253,31 @@ def check_version(
             f"the target runs {installed.name}, the update is of {manifest.name}",
             "changing the product needs --allow-downgrade and an emergency signature",
         )
-    if compare_versions(manifest.version, installed.version) <= 0 and not downgrade:
+    if not downgrade and not _is_newer(manifest, installed):
         raise RefusedError(
             "version_not_newer",
             f"{manifest.name} {manifest.version} is not newer than the installed {installed.version}",
             "going back needs --allow-downgrade and an emergency signature",
         )
     return "install"
+
+
+def _is_newer(manifest: Manifest, installed: Installed) -> bool:
+    try:
+        return compare_versions(manifest.version, installed.version) > 0
+    except ValueError:
+        raise RefusedError(
+            "version_unknown",
+            f"the installed {installed.version!r:.80} can't be ordered against {manifest.name} {manifest.version}",
+            "send it with --allow-downgrade and an emergency signature",
+        ) from None
+
+
+def _kept_root(kept: Any, way_out: str) -> Root:
+    try:
+        return parse_root(kept, "the root that this camera keeps")
+    except RefusedError as error:
+        raise RefusedError("kept_root_invalid", error.message, way_out) from None
 
 
 def _root_files(keys_dir: Path) -> list[tuple[str, Any]]:
@@ -268,7 +294,7 @@ def _root_files(keys_dir: Path) -> list[tuple[str, Any]]:
         return []
     except OSError as error:
         _bad_root(str(keys_dir), str(error.strerror))
-    except ValueError:
+    except (ValueError, RecursionError):
         _bad_root(path.name, "it is not JSON")
     return files
 

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from agent.errors import CloudError, FailedError, RefusedError
-from agent.updates.addresses import redirected
+from agent.updates.addresses import is_local, redirected
 from agent.updates.fetch import Limits, check_urls, fetch
 from agent.updates.preflight import bytes_on_disk, discard_others
 from tests.fakes_updates import Server, serving
@@ -512,10 +512,84 @@ async def test_a_proxy_that_refuses_is_waited_for_and_tells_no_password(tmp_path
 )
 def test_where_a_redirect_may_lead(url, location, target):
     if target:
-        assert redirected(url, location) == target
+        assert redirected(url, location, own=url) == target
     else:
         with pytest.raises(ValueError, match="redirects"):
-            redirected(url, location)
+            redirected(url, location, own=url)
+
+
+LOCAL_HOSTS = [
+    "localhost",
+    "LocalHost.",
+    "a.localhost",
+    "loc%61lhost",
+    "\u24dbocalhost",
+    "127.0.0.1",
+    "127.8.9.1:8080",
+    "127.1",
+    "127\u30020\u30020\u30021",
+    "0x7f.1",
+    "2130706433",
+    "017700000001",
+    "0.0.0.0",
+    "0",
+    "169.254.169.254",
+    "user:word@169.254.0.1",
+    "[::1]:80",
+    "[::]",
+    "[0:0:0:0:0:0:0:1]",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:a9fe:a9fe]",
+    "[fe80::1]",
+    "[fe80::1%25eth0]",
+    "[febf::1]",
+]
+
+
+@pytest.mark.parametrize("host", LOCAL_HOSTS)
+def test_no_redirect_leads_to_the_camera_itself(host):
+    with pytest.raises(ValueError, match="redirects to the camera itself or its link"):
+        redirected("http://b.example/", f"http://{host}/admin", own="http://a.example/")
+    assert redirected("http://b.example/", f"http://{host}/x", own="http://127.0.0.1/") == f"http://{host}/x"
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a.example", "localhost.example", "10.0.0.1", "192.168.1.1", "128.0.0.1", "[2001:db8::1]", "[fec0::1]", "127.a"],
+)
+def test_other_hosts_are_not_the_camera(host):
+    assert not is_local(f"https://{host}/x")
+
+
+async def test_a_redirect_to_the_camera_itself_is_not_asked_for(tmp_path):
+    """The job's URL names another host, here by a name that a proxy knows; nothing of the camera is reached."""
+    content = some_bytes(1000)
+    location = f"http://127.0.0.1:1/admin?{SECRET}".encode()
+    async with answering(moved(location)) as (proxy, asked):
+        limits = Limits(proxy_url=proxy, doubtful_s=0, first_wait_s=0.001, longest_wait_s=0.01, strange_answers=2)
+        with pytest.raises(FailedError) as error:
+            await fetch(["http://artifacts.invalid/a"], **job(content, tmp_path, limits=limits))
+    assert error.value.code == "download_failed"
+    assert "artifacts.invalid redirects to the camera itself or its link" in error.value.message
+    assert "canary" not in error.value.message
+    assert [request.split()[1] for request in asked] == ["http://artifacts.invalid/a"] * 2
+
+
+@pytest.mark.parametrize(
+    "document", [KeyError("urls"), TypeError("NoneType"), None, 5, {}, [], [5], [None], ["ftp://u:canary@h/x"]]
+)
+async def test_a_fresh_document_without_urls_is_told_in_words(tmp_path, document):
+    async def fresh():
+        if isinstance(document, Exception):
+            raise document
+        return document
+
+    async with answering(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n") as (base, _):
+        with pytest.raises(FailedError) as error:
+            await fetch([base], **job(b"x", tmp_path, fresh_urls=fresh))
+    assert error.value.code == "download_refused"
+    assert "canary" not in error.value.message
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -537,6 +611,37 @@ def test_unusable_urls_are_refused(url):
     with pytest.raises(RefusedError) as error:
         check_urls([url])
     assert error.value.code == "url_invalid"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://user:canary@h/x", "ftp://h"),
+        (f"ftp://user:{'canary' * 20}@h/x", "ftp://h"),
+        ("https://canary@h:99999/x", "https://h"),
+        ("https://h:99999/x?sig=canary", "https://h"),
+        ("https://h:99999/x;sig=canary", "https://h"),
+        ("https://h:99999/x#canary", "https://h"),
+        ("https://canary:can/ary@h/x y", "https://…"),
+        ("https://canary:ca?n@h/x y", "https://…"),
+        ("HTTPS ://h/x?sig=canary", "a text without"),
+        ("canary:4711", "a text without"),
+        ("canary", "a text without"),
+        ("http://[::1/canary", "can't be read"),
+        ("http://h\u202e/canary", "http://…"),
+        ("iot-stream:canary/+", "iot-stream:…"),
+        ("${aws:iot:s3-presigned-url:https://s3/canary}", "a placeholder"),
+        (None, "no text"),
+    ],
+)
+def test_an_unusable_url_is_named_without_its_secrets(url, said):
+    with pytest.raises(RefusedError) as error:
+        check_urls(["https://good.example/x", url])
+    assert error.value.code == "url_invalid"
+    assert error.value.message.startswith("URL 2 (")
+    assert said in error.value.message
+    assert "canary" not in error.value.message
+    assert error.value.message.isprintable()
 
 
 def test_older_downloads_are_discarded(tmp_path):

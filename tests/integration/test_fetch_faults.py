@@ -348,6 +348,44 @@ async def test_without_ranges_it_is_whole_then(tmp_path, status):
     assert ["Range" in request for request in asked] == [False, True, False]
 
 
+@pytest.mark.parametrize("tag", [b"", b'ETag: "%d"\r\n'], ids=["no tag", "another tag each time"])
+async def test_traffic_has_an_end_where_the_server_begins_again_each_time(tmp_path, tag):
+    """Cut at 99 % each time: no more than three times the size, what is spared for it, and one attempt come."""
+    content, sent = some_bytes(500_000), []
+    most = 3 * len(content) + 200_000
+
+    async def serve(reader, writer, number):
+        extra = tag % number if tag else b""
+        writer.write(whole(content, extra)[: -len(content) // 100])
+        sent.append(len(content))
+        await writer.drain()
+
+    async with listening(serve) as (base, _):
+        limits = Limits(
+            chunk_bytes=64 * 1024, first_wait_s=0.001, longest_wait_s=0.01, connect_s=2, waste_bytes=200_000
+        )
+        with pytest.raises(FailedError) as error:
+            await fetch([base], **job(content, tmp_path, limits=limits, patience_s=120))
+    assert error.value.code == "download_failed"
+    assert "were taken and thrown away" in error.value.message
+    assert "HTTP ranges" in error.value.hint
+    assert most < sum(sent) <= most + 2 * len(content)
+
+
+async def test_what_is_gone_on_with_is_no_waste(tmp_path):
+    content = some_bytes(400_000)
+    server = Server(content)
+
+    async def cut(server, request):
+        return await server.serve(request, cut_after=20_000)
+
+    server.faults = [cut] * 15
+    limits = Limits(chunk_bytes=4096, first_wait_s=0.001, longest_wait_s=0.01, waste_bytes=-3 * len(content))
+    async with serving(server) as base:
+        assert (await fetch([base], **job(content, tmp_path, limits=limits))).read_bytes() == content
+    assert len(server.requests) == 16
+
+
 async def test_chunks_that_end_well_and_too_early_are_a_wrong_artifact(tmp_path):
     answer = b'HTTP/1.1 200 OK\r\nETag: "one"\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n'
     async with answering(answer) as (base, asked):

@@ -1,10 +1,16 @@
 """Whose signatures count: thresholds, rotation, floors, and not one flipped bit."""
 
+import asyncio
 import json
+import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 
 from agent.errors import RefusedError
+from agent.store import Store
+from agent.updates.records import ROOT as KEPT_ROOT
 from agent.updates.records import believable_time
 from agent.updates.trust import Installed, Verified, check_version, load_root, parse_root, verify
 from tests.fakes_updates import (
@@ -162,10 +168,64 @@ def test_versions_are_not_skipped_or_swapped(tmp_path):
     assert code_of(load_root, tmp_path, FIRST) == "keys_rejected"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "x" * 200_000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "x" * 200_000, "[" * 90_000, '{"payload":' * 9000])
 def test_unreadable_roots_are_named(tmp_path, text):
     (tmp_path / "root.json").write_text(text)
     assert code_of(load_root, tmp_path, None) == "keys_invalid"
+
+
+@pytest.mark.parametrize("kept", [{}, {"x": 1}, [], "text", 5, signed_root(root_payload(), STRANGER)])
+def test_a_kept_root_that_cant_be_used_is_not_passed_over(tmp_path, kept):
+    put(tmp_path, root=FIRST, v2_root=GOOD_SECOND)
+    with pytest.raises(RefusedError) as error:
+        load_root(tmp_path, kept)
+    assert error.value.code == "kept_root_invalid"
+    assert error.value.message.startswith("the root that this camera keeps can't be used: ")
+    assert "with the agent stopped" in error.value.hint
+    assert code_of(lambda: load_root(tmp_path, kept, way_out="another")) == "kept_root_invalid"
+
+
+async def test_the_way_out_of_an_unusable_kept_root_works(tmp_path):
+    await asyncio.to_thread(put, tmp_path, root=FIRST)
+    store = await Store.open(tmp_path / "state.db")
+    await store.write(lambda tables: tables.set_fact(KEPT_ROOT, {"x": 1}))
+    with pytest.raises(RefusedError) as error:
+        await asyncio.to_thread(load_root, tmp_path, await store.read(lambda tables: tables.fact(KEPT_ROOT)))
+    await store.close()
+    database, statement = re.search(r'sqlite3 (\S+) "(.+)"$', error.value.hint).groups()
+
+    def by_hand():
+        with closing(sqlite3.connect(tmp_path / database)) as connection, connection:
+            return connection.execute(statement).rowcount
+
+    assert await asyncio.to_thread(by_hand) == 1
+    store = await Store.open(tmp_path / "state.db")
+    kept = await store.read(lambda tables: tables.fact(KEPT_ROOT))
+    await store.close()
+    assert (await asyncio.to_thread(load_root, tmp_path, kept)).version == 1
+
+
+@pytest.mark.parametrize("depth", [10, 500, 900, 2000, 5000])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_nested_payloads_are_refused_in_words(opening, depth):
+    closing = "]" if opening == "[" else "}"
+    nested = opening * depth + "1" + closing * depth
+    for payload in (nested, json.dumps(manifest(compatible="HERE")).replace('"HERE"', nested)):
+        envelope = sign(payload.encode(), [RELEASE], "application/vnd.camera-agent.update+json")
+        code = "manifest_malformed" if len(payload) < 24_000 else "manifest_too_large"
+        assert code_of(verify, envelope, ROOT, NOW) == code
+        root = sign(payload.encode(), [EMERGENCY], "application/vnd.camera-agent.root+json")
+        assert code_of(parse_root, root) == "keys_invalid"
+
+
+@pytest.mark.parametrize("place", ["payload", "payloadType", "signatures", "sig", "keyid"])
+def test_nested_envelopes_are_refused_in_words(place):
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    envelope = signed_manifest()
+    (envelope if place in envelope else envelope["signatures"][0])[place] = nested
+    assert code_of(verify, envelope, ROOT, NOW) == "manifest_malformed"
 
 
 HERE = Installed("pipe", "2.0", "ab" * 32, 5)
@@ -195,3 +255,18 @@ def test_a_downgrade_needs_the_emergency_role_and_the_floor():
     assert code_of(lambda: version_check(keys=(EMERGENCY,), **{**old, "allow_downgrade": False})) == "version_not_newer"
     assert version_check(keys=(EMERGENCY,), **old) == "install"
     assert code_of(lambda: version_check(floor=6, keys=(EMERGENCY,), **old)) == "counter_too_low"
+
+
+@pytest.mark.parametrize("version", ["factory", "", "1:", "git-2024", "1.0 (beta)", "canary\n" * 50])
+def test_an_installed_version_that_has_no_order(version):
+    odd = Installed("pipe", version, "ab" * 32)
+    new = {"installed": odd, "sha256": "cd" * 32, "version": "3.0"}
+    with pytest.raises(RefusedError) as error:
+        version_check(**new)
+    assert error.value.code == "version_unknown"
+    assert "can't be ordered against pipe 3.0" in error.value.message
+    assert "\n" not in error.value.message
+    assert "--allow-downgrade" in error.value.hint
+    assert code_of(lambda: version_check(**new, keys=(EMERGENCY,))) == "version_unknown"
+    assert code_of(lambda: version_check(**new, allow_downgrade=True)) == "version_unknown"
+    assert version_check(**new, keys=(EMERGENCY,), allow_downgrade=True) == "install"

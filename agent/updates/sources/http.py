@@ -95,7 +95,7 @@ class Http:
             kept = self._intake.part.origin
             if kept.source == source_of(url) and STRONG_ETAG.fullmatch(kept.etag):
                 headers["If-Range"] = kept.etag
-        proxy = self._limits.proxy_url or None
+        proxy, own = self._limits.proxy_url or None, url
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 response = await self._opened().get(url, headers=headers, allow_redirects=False, proxy=proxy)
@@ -105,7 +105,7 @@ class Http:
                 return response
             response.close()
             try:
-                url = redirected(url, response.headers.get("Location", ""))
+                url = redirected(url, response.headers.get("Location", ""), own=own)
             except ValueError as refusal:
                 raise Strange(f"{urlsplit(url).hostname} {refusal}", doubtful=not secure) from None
         why = f"{urlsplit(url).hostname} redirects more than {MAX_REDIRECTS} times"

@@ -150,6 +150,8 @@ class Acts:
     async def note_what_runs(self) -> None:
         """Keep in the record what there is to go back to."""
         running, before = await self._installer.running()
+        if before is None and await self._installer.probe(self._manifest) == "active":
+            running, before = await self._installer.previous()  # an earlier trial of it was forgotten half-way
         self._progress.update({"from": running, "from_version": before.version if before else ""})
 
     async def install(self) -> Outcome:

@@ -105,6 +105,8 @@ class Flow:
         await self._explain(state, after, slot)
         if after in UNTOUCHED and after is not State.RECEIVED:
             await self._acts.verify()
+        if after is State.FAILED and state in UNTOUCHED and self._has_staged():
+            await self._acts.forget_staged()
         if after not in FINAL and (after not in UNTOUCHED or after is State.INSTALLING):
             await self._lock()
         return after, not (after in FINAL and after is state)

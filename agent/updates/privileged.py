@@ -31,6 +31,7 @@ REQUESTS = "deb-requests"
 REQUEST = re.compile(r"(" + "|".join(VERBS) + r")_([0-9a-f]{16})_([a-z0-9][a-z0-9_-]{0,31})")
 MAX_REQUEST_BYTES = 200_000
 RESULT_LIFE_S = 86_400
+MAX_RESULTS = 64
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     except AgentError as error:
         status = "refused" if isinstance(error, RefusedError | SettingsError) else "failed"
         result = {"status": status, "code": error.code, "message": error.message, "hint": error.hint}
+    except ValueError:
+        result = {"status": "refused", "code": "request_malformed", "message": "the request makes no sense", "hint": ""}
     except OSError as error:
         words = f"{error.filename or ''}: {error.strerror or type(error).__name__}"
         result = {"status": "failed", "code": "io_error", "message": words, "hint": ""}
@@ -115,10 +118,13 @@ def read_result(path: Path) -> Mapping[str, str] | None:
 
 def _report(folder: Path, request_id: str, result: Mapping[str, str]) -> None:
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    ages = []
     for path in folder.glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - RESULT_LIFE_S:
-                path.unlink()
+            ages.append((path.stat().st_mtime, path))
+    for place, (modified, path) in enumerate(sorted(ages, reverse=True), start=2):
+        if place > MAX_RESULTS or modified < time.time() - RESULT_LIFE_S:
+            path.unlink(missing_ok=True)
     clean = {key: "".join(c if c.isprintable() else " " for c in text) for key, text in result.items()}
     write_atomic(folder / f"{request_id}.json", json.dumps(clean).encode(), mode=0o644)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import FailedError, RefusedError
+from agent.updates.installers import deb as deb_module
 from agent.updates.installers.deb import Deb, Direct
 from agent.updates.installers.deb_store import Staged, State
 from agent.updates.installers.dpkg import Dpkg, unpacked_size
@@ -43,7 +44,7 @@ def camera(tmp_path):
 
 
 async def test_a_package_comes_is_updated_and_goes_back_after_a_commit(camera):
-    one, two = camera.offer("1.0"), camera.offer("2.0", terms={"security_counter": 4})
+    one, two = (camera.offer(version, terms={"security_counter": 4}) for version in ("1.0", "2.0"))
     deb = camera.deb
     assert await deb.running() == (None, None)
     assert await deb.probe(one.manifest) == "absent"
@@ -64,18 +65,50 @@ async def test_a_package_comes_is_updated_and_goes_back_after_a_commit(camera):
     assert installed == Installed("pipe", "2.0", two.manifest.sha256, 4)
     assert (await asyncio.to_thread(camera.store.trust)).floors == {"pipe": 4}
     assert camera.debs() == {one.manifest.sha256, two.manifest.sha256}
-    assert await deb.previous() == (f"{PACKAGE}=1.0", Installed("pipe", "1.0", one.manifest.sha256, 1))
+    assert await deb.previous() == (f"{PACKAGE}=1.0", Installed("pipe", "1.0", one.manifest.sha256, 4))
     await deb.roll_back(f"{PACKAGE}=1.0")
     await deb.roll_back(f"{PACKAGE}=1.0")
     assert camera.has("1.0")
-    assert await deb.previous() == (None, None)
-    assert (await deb.running())[1] == Installed("pipe", "1.0", one.manifest.sha256, 1)
+    assert await deb.previous() == (f"{PACKAGE}=2.0", Installed("pipe", "2.0", two.manifest.sha256, 4))
+    assert (await deb.running())[1] == Installed("pipe", "1.0", one.manifest.sha256, 4)
     assert await deb.probe(two.manifest) == "absent"
-    assert camera.debs() == {one.manifest.sha256}
+    assert camera.debs() == {one.manifest.sha256, two.manifest.sha256}
     with refused("counter_too_low"):
         await camera.stage(camera.offer("1.5", terms={"security_counter": 3}))
     await camera.bring(camera.offer("3.0", terms={"security_counter": 4}))
     assert camera.has("3.0")
+
+
+async def test_what_was_gone_back_from_by_hand_can_come_back(camera):
+    """The version before turns out not to run: what ran is installed again."""
+    one, two = camera.offer("1.0"), camera.offer("2.0")
+    await camera.bring(one)
+    await camera.bring(two)
+    for version in ("1.0", "2.0", "1.0", "2.0"):
+        await camera.deb.step_back(f"{PACKAGE}={version}")
+        await camera.deb.stay()
+        assert camera.has(version)
+        assert camera.debs() == {one.manifest.sha256, two.manifest.sha256}
+    assert (await camera.deb.running())[1] == Installed("pipe", "2.0", two.manifest.sha256, 1)
+
+
+async def test_root_does_not_go_back_below_its_floor(camera):
+    """Not to what was kept before the floor rose; a trial is taken back all the same."""
+    one, two, three = (camera.offer(f"{n}.0", terms={"security_counter": n}) for n in (1, 2, 3))
+    await camera.bring(one)
+    await camera.bring(two)
+    with refused("counter_too_low"):
+        await camera.deb.roll_back(f"{PACKAGE}=1.0")
+    await camera.stage(three)
+    with refused("counter_too_low"):
+        await camera.deb.roll_back(f"{PACKAGE}=1.0")
+    assert camera.has("2.0")
+    before = await camera.bring(three, commit=False)
+    with refused("counter_too_low"):
+        await camera.deb.roll_back(f"{PACKAGE}=1.0")
+    await asyncio.to_thread(camera.store.raise_floor, "pipe", 3)
+    await camera.deb.roll_back(before)
+    assert camera.has("2.0")
 
 
 async def test_every_act_may_be_done_twice(camera):
@@ -245,6 +278,15 @@ async def test_the_installed_version_may_be_one_that_only_dpkg_can_order(camera,
     dpkg(camera.root, "-i", build(camera.downloads, PACKAGE, version))
     with refused("version_not_newer"):
         await camera.stage(camera.offer("2.0", terms={"rollback": "no"}))
+
+
+async def test_the_agent_is_told_nothing_that_it_can_not_order(camera):
+    """What only dpkg can order has come back from the seed: root knows it, the agent can't compare it."""
+    version = "1." + "0" * 150
+    known = Installed("pipe", version, "0" * 64)
+    dpkg(camera.root, "-i", build(camera.home, PACKAGE, version))
+    await asyncio.to_thread(camera.store.save, "pipeline", State(installed=known))
+    assert await camera.deb.running() == (f"{PACKAGE}={version}", None)
 
 
 async def test_a_floor_of_roots_own_outlives_the_agents_memory(camera):
@@ -435,17 +477,34 @@ async def test_while_it_works_apt_is_kept_out(camera):
     assert (camera.root / "taken").exists()
 
 
-async def test_one_change_at_a_time(camera):
+async def test_one_change_at_a_time_and_another_is_waited_for(camera, monkeypatch):
     await camera.bring(camera.offer("1.0"))
     two = camera.offer("2.0")
     await camera.stage(two)
-    camera.work._lock_wait_s = 0.3
+    camera.work._lock_wait_s = 0.1
+    monkeypatch.setattr(deb_module, "BUSY_POLL_S", 0)
     with (camera.home / "store/.lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with refused("deb_busy"):
+        with monkeypatch.context() as patched, refused("deb_busy"):
+            patched.setattr(deb_module, "BUSY_LIMIT_S", 0)
             await camera.deb.arm(two.manifest)
-    await camera.deb.arm(two.manifest)
+        threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        await camera.deb.arm(two.manifest)
     assert camera.has("2.0")
+
+
+async def test_nobody_else_can_hold_a_lock(camera):
+    """Whoever can read a lock file can lock it, and block every update."""
+    (camera.home / "store").mkdir(exist_ok=True)
+    lock = camera.home / "store/.lock"
+    lock.touch(mode=0o644)
+    lock.chmod(0o644)
+    for name in ("lock", "lock-frontend"):
+        (camera.root / "var/lib/dpkg" / name).unlink()
+    await camera.bring(camera.offer("1.0"))
+    assert lock.stat().st_mode & 0o777 == 0o600
+    for name in ("lock", "lock-frontend"):
+        assert (camera.root / "var/lib/dpkg" / name).stat().st_mode & 0o777 == 0o640
 
 
 # ---- Hostile and damaged packages
@@ -538,10 +597,10 @@ async def test_an_artifact_that_is_not_the_signed_one_is_not_even_opened(camera)
             await camera.stage(two)
         tried += 1
     two.artifact.unlink()
-    with pytest.raises(OSError):
+    with refused("artifact_refused"):
         await camera.stage(two)
     two.artifact.symlink_to(one.artifact)
-    with pytest.raises(OSError):
+    with refused("artifact_refused"):
         await camera.stage(two)
     two.artifact.unlink()
     os.mkfifo(two.artifact)

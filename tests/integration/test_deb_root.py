@@ -19,6 +19,7 @@ from agent.errors import FailedError
 from agent.updates import privileged
 from agent.updates.installers import deb as deb_module
 from agent.updates.installers.deb import Deb, ThroughUnit
+from agent.updates.installers.deb_store import open_plain
 from agent.updates.installers.deb_work import check_believed
 from tests.debs import (
     PACKAGE,
@@ -189,20 +190,23 @@ def test_requests_that_root_does_not_follow(machine):
     no("not_staged", verb="install")
     no("not_staged", verb="commit")
     no("not_kept", verb="restore", request={"version": "1.0"})
-    no("io_error", request={**good, "artifact": "/etc/nothing"})
-    no("io_error", request={**good, "artifact": "relative"})
-    no("artifact_refused", request={**good, "artifact": "/dev/zero"})
+    secret_folder = machine.home / "folder"
+    (secret_folder / "there").mkdir(parents=True)
+    (machine.home / "loop").symlink_to("loop")
+    places = ("/etc/nothing", "relative", "/dev/zero", "/dev/tty", "a\0b", "\ud800", "x" * 5000)
+    places += tuple(str(machine.home / name) for name in ("folder/there", "folder/gone", "loop", "loop/x"))
+    assert len({no("artifact_refused", request={**good, "artifact": place}) for place in places}) == 1
     secret = machine.home / "secret"
     secret.write_text('{"top": secret')
     (folder / f"{tried + 1:016x}.json").symlink_to(secret)
-    no("io_error", request=None)
+    no("artifact_refused", request=None)
     (folder / f"{tried + 1:016x}.json").write_text(secret.read_text())
     assert "secret" not in no("request_malformed", request=None)
     (folder / f"{tried + 1:016x}.json").write_text("[" * 100_000)
     no("request_malformed", request=None)
     (folder / f"{tried + 1:016x}.json").write_bytes(b"x" * 300_000)
     no("request_malformed", request=None)
-    no("io_error", request=None)
+    no("artifact_refused", request=None)
     for mode, place in ((0o666, machine.config), (0o777, machine.home)):
         before = place.stat().st_mode
         place.chmod(mode)
@@ -217,6 +221,34 @@ def test_requests_that_root_does_not_follow(machine):
         except SystemExit as error:
             assert error.code == 2
     assert state_of(machine.root) == ""
+
+
+def test_what_is_not_plain_is_not_even_opened(machine, monkeypatch):
+    """Opening a device or a pipe does something by itself."""
+    pipe = machine.home / "pipe"
+    os.mkfifo(pipe)
+    opened = []
+    real = os.open
+
+    def watched(path, flags, *rest, **more):
+        opened.append((str(path), flags))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", watched)
+    with refused("artifact_refused"), open_plain(pipe, frozenset({os.geteuid()})):
+        pass
+    assert [flags & os.O_PATH for _, flags in opened] == [os.O_PATH]
+
+
+def test_only_the_newest_results_stay(machine):
+    machine.results.mkdir()
+    for number in range(100):
+        path = machine.results / f"{number + 1000:016x}.json"
+        path.write_text("{}")
+        os.utime(path, (path.stat().st_mtime - 1000 + number,) * 2)
+    machine.ask("commit", {}, number=1)
+    left = sorted(int(path.stem, 16) for path in machine.results.glob("*.json"))
+    assert left == [1, *range(1000 + 100 - 63, 1100)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files of another user")

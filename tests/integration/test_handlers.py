@@ -901,6 +901,18 @@ def test_another_program_that_holds_the_lock_is_waited_for(machine):
 
 @needs_root
 @needs_dpkg
+def test_nobody_else_can_hold_the_lock(machine):
+    """Whoever can read the lock file can lock it, and block every request."""
+    results = machine.state / "results"
+    for left_over in (False, True):
+        if left_over:
+            (results / ".lock").chmod(0o644)
+        assert machine("remove", "hello") == (0, "not installed: hello")
+        assert (results / ".lock").stat().st_mode & 0o777 == 0o600
+
+
+@needs_root
+@needs_dpkg
 def test_apt_goes_on_when_the_handler_is_ended(machine):
     machine.package("lib-slow", postinst="touch $DPKG_ROOT/begun; until [ -e $DPKG_ROOT/go ]; do sleep 0.1; done")
     process = machine.start("install", "lib-slow")

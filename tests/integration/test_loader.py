@@ -31,7 +31,11 @@ def available(shell: str) -> object:
 
 @pytest.fixture(params=[available(shell) for shell in SHELLS])
 def camera(request: pytest.FixtureRequest, tmp_path: Path) -> Camera:
-    return Camera(tmp_path / "camera", request.param)
+    camera = Camera(tmp_path / "camera", request.param)
+    if request.param == "busybox":
+        for name in ("id", "stat"):
+            (camera.folder / "applets" / name).symlink_to("/bin/busybox")
+    return camera
 
 
 def armed(camera: Camera, behaviour: str, *, before: str | None = OLD) -> tuple[str, str]:
@@ -256,6 +260,129 @@ def test_exec_runs_other_programs_of_the_current_version_and_changes_nothing(cam
     assert (done.returncode, done.stdout) == (10, f"{program} status --check\n")
     assert (camera.root / "trial").read_text() == before
     assert camera.loader("jump").returncode == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the versions belong to another user")
+def test_exec_by_another_user_than_the_owner_takes_the_packaged_program(camera: Camera) -> None:
+    """`sudo agentctl` must not make root execute what the agent's user can write."""
+    camera.version("packaged", "good", packaged=True)
+    camera.point(camera.version(OLD, "good"))
+    for folder in (camera.packaged, camera.root / "current"):
+        program = folder / "bin" / "agentctl"
+        program.write_text('#!/bin/sh\necho "$0"\n')
+        program.chmod(0o755)
+    assert camera.loader("exec", "agentctl").stdout == f"{camera.root}/slots/{OLD}/bin/agentctl\n"
+    os.chown(camera.root, 65534, 65534)
+    assert camera.loader("exec", "agentctl").stdout == f"{camera.packaged}/bin/agentctl\n"
+    elsewhere = camera.folder / "elsewhere"
+    elsewhere.symlink_to(camera.root)
+    gone = camera.folder / "gone"
+    for root in (elsewhere, gone):
+        done = camera.loader("exec", "agentctl", CAMERA_AGENT_ROOT=str(root))
+        assert done.stdout == f"{camera.packaged}/bin/agentctl\n"
+
+
+MANY = 10
+
+
+def ends(camera: Camera, result: str, status: int | None = None, times: int = 1) -> None:
+    more = {} if status is None else {"EXIT_CODE": "exited", "EXIT_STATUS": str(status)}
+    for _ in range(times):
+        assert camera.loader("stopped", SERVICE_RESULT=result, **more).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("result", "status"), [("exit-code", 1), ("timeout", None), ("watchdog", None), ("core-dump", None)]
+)
+def test_a_version_that_always_ends_badly_is_left_until_the_next_boot(
+    camera: Camera, result: str, status: int | None
+) -> None:
+    """A damaged library, say: there is no trial any more that would take it back."""
+    camera.version("packaged", "", packaged=True, ends=True)
+    camera.version(OLD, "", ends=True)
+    camera.point(camera.version(NEW, "", ends=True))
+    for version in (NEW, OLD):
+        for _ in range(MANY):
+            camera.loader("run")
+            assert camera.started()[-1] == version
+            ends(camera, result, status)
+    for _ in range(MANY + 1):
+        camera.loader("run")
+        assert camera.started()[-1] == "packaged"
+        ends(camera, result, status)
+    assert camera.current == f"slots/{NEW}"
+    for path in camera.runtime.iterdir():
+        path.unlink()
+    camera.loader("run")
+    assert camera.started()[-1] == NEW
+
+
+def test_bad_ends_count_only_in_a_row(camera: Camera) -> None:
+    camera.version("packaged", "", packaged=True, ends=True)
+    camera.point(camera.version(OLD, "", ends=True))
+    file = camera.runtime / "ends"
+
+    def runs() -> str:
+        camera.loader("run")
+        return camera.started()[-1]
+
+    ends(camera, "exit-code", 1, MANY - 1)
+    ends(camera, "success", 0)
+    ends(camera, "exit-code", 1, MANY - 1)
+    ends(camera, "exit-code", 2, 3)  # agent.toml is bad: another version would not accept it either
+    assert runs() == OLD
+    link, number, at = file.read_text().split()
+    assert (link, number) == (f"slots/{OLD}", str(MANY - 1))
+    file.write_text(f"{link} {number} {int(at) - 700}\n")  # it had run for long since
+    ends(camera, "watchdog", None, MANY - 1)
+    assert runs() == OLD
+    for damage in ("", "x", f"{link}", f"{link} 9", f"{link} 9 x", f"{link} nine 9\n", f"{link} 09999 1\n", "\0" * 40):
+        file.write_text(damage)
+        ends(camera, "exit-code", 1)
+        assert file.read_text().split()[:2] == [link, "1"], damage
+    ends(camera, "exit-code", 1, MANY - 1)
+    assert runs() == "packaged"
+
+
+def test_without_another_version_the_only_one_is_not_left(camera: Camera) -> None:
+    camera.point(camera.version(OLD, "", ends=True))
+    ends(camera, "exit-code", 1, MANY + 2)
+    assert "no version can be started" not in camera.loader("run").stderr
+    assert camera.started() == [OLD]
+
+
+def test_bad_ends_on_trial_are_the_trials_own(camera: Camera) -> None:
+    _, new = armed(camera, "exits at once")
+    ends(camera, "exit-code", 1, MANY)
+    assert list(camera.runtime.iterdir()) == []
+    assert camera.current == new
+
+
+def test_pipes_in_the_place_of_its_files_do_not_stop_it(camera: Camera) -> None:
+    old, _ = armed(camera, "", before=OLD)
+    for name in ("fell_back", ".trial.new", ".fell_back.new"):
+        os.mkfifo(camera.root / name)
+    for name in ("not-executable", "ends"):
+        os.mkfifo(camera.runtime / name)
+    for _ in range(MAX_STARTS):
+        camera.loader("run")
+    camera.loader("stopped", SERVICE_RESULT="timeout")
+    assert camera.current == old
+    ends(camera, "exit-code", 1)
+    (camera.root / "trial").unlink(missing_ok=True)
+    os.mkfifo(camera.root / "trial")
+    assert camera.live() == Life(OLD, "stays", ready=True)
+
+
+@pytest.mark.parametrize("first", [b"\x7fELF\2\1\1\n", b"touch", b"\n", b"#!/no/such\n"])
+def test_what_is_not_a_script_is_not_executed(camera: Camera, first: bytes) -> None:
+    """A shell may take the program of another machine for commands."""
+    camera.version("packaged", "good", packaged=True)
+    link = camera.version(NEW, "good")
+    (camera.root / link / "bin" / "camera-agent").write_bytes(first + b" touch " + os.fsencode(camera.folder / "pw"))
+    camera.point(link)
+    assert camera.live() == Life("packaged", "stays", ready=True)
+    assert not (camera.folder / "pw").exists()
 
 
 # ---- power cuts

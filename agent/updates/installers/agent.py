@@ -185,6 +185,8 @@ class AgentInstaller:
 
     async def _starts(self, program: Path, what: str) -> None:
         """That `program` says its version and accepts agent.toml. Raises FailedError agent_unfit."""
+        if not await to_end(_is_script, program):
+            _unfit(what, f"has no {PROGRAM} that can be started: it must be a script")
         environment = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_DOWN}
         try:
             for arguments, words in (
@@ -244,6 +246,14 @@ def _lines(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def _is_script(program: Path) -> bool:
+    try:
+        with program.open("rb") as file:
+            return file.read(2) == b"#!"
+    except OSError:
+        return False
 
 
 def _unfit(what: str, why: str) -> NoReturn:

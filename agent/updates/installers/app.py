@@ -28,7 +28,11 @@ class App:
         return await to_end(self.slots.probe, manifest.sha256)
 
     async def running(self) -> tuple[str | None, Installed | None]:
-        return await to_end(self.slots.running)
+        """What was never committed is not known: nothing may be measured by it, nor gone back to."""
+        link, installed = await to_end(self.slots.running)
+        if installed and not await to_end(self.slots.committed, installed.sha256):
+            return link, None
+        return link, installed
 
     async def previous(self) -> tuple[str | None, Installed | None]:
         return await to_end(self.slots.previous)

@@ -24,10 +24,14 @@ from agent.updates.manifest import Manifest
 from agent.updates.privileged import REQUESTS, RESULTS, read_result
 from agent.updates.states import Slot
 from agent.updates.trust import Installed
+from agent.versions import VERSION
 
 UNIT_LIMIT_S = 4 * 3600.0
 """Longer than the root part's own limits on locks and scripts: it must not be given up while it works."""
 POLL_S = 1.0
+BUSY_POLL_S = 5.0
+BUSY_LIMIT_S = UNIT_LIMIT_S
+"""How long another change of a package is waited for."""
 REQUEST_LIFE_S = 86_400
 OWN_PACKAGE = "camera-agent"
 
@@ -157,13 +161,16 @@ class Deb:
         return "absent"
 
     async def running(self) -> tuple[str | None, Installed | None]:
-        """`package=version`; while an update is half done, the version that it replaces."""
+        """`package=version`; while an update is half done, the version that it replaces.
+
+        Nothing is told about a version that only dpkg can order: root compares that one.
+        """
         state, status = await to_end(self._look)
         if status and not status.complete and state.staged:
-            return self._called(state.staged.before), state.staged.before
+            return self._called(state.staged.before), _ordered(state.staged.before)
         if status is None:
             return None, None
-        return f"{self._package}={status.version}", state.of_version(status.version)
+        return f"{self._package}={status.version}", _ordered(state.of_version(status.version))
 
     async def previous(self) -> tuple[str | None, Installed | None]:
         state, status = await to_end(self._look)
@@ -204,6 +211,13 @@ class Deb:
             raise FailedError("not_kept", f"{previous:.80} is not a version of {self._package}")
         await self._do("restore", {"version": None if previous is None else version})
 
+    async def step_back(self, previous: str) -> None:
+        """The .deb of the version that goes is kept."""
+        await self.roll_back(previous)
+
+    async def stay(self) -> None:
+        """Nothing: what was restored is kept."""
+
     async def clean_up(self, keep: frozenset[str]) -> None:
         """Nothing: whatever changes what root keeps removes what is not needed any more."""
 
@@ -215,11 +229,22 @@ class Deb:
         return {self._store.folder: 2 * manifest.size, self._dpkg.root or Path("/"): manifest.installed_size}
 
     async def _do(self, verb: str, request: Mapping[str, Any]) -> None:
-        """What root refuses here is a failure: it comes after the time for refusing."""
-        try:
-            await self._root.do(verb, self._name, self._package, request)
-        except RefusedError as error:
-            raise FailedError(error.code, error.message, error.hint) from None
+        """What root refuses here is a failure: it comes after the time for refusing. Another change is waited for."""
+        until = time.monotonic() + BUSY_LIMIT_S
+        while True:
+            try:
+                await self._root.do(verb, self._name, self._package, request)
+                return
+            except RefusedError as error:
+                raise FailedError(error.code, error.message, error.hint) from None
+            except FailedError as error:
+                if error.code != "deb_busy" or time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(BUSY_POLL_S)
+
+
+def _ordered(known: Installed | None) -> Installed | None:
+    return known if known and VERSION.fullmatch(known.version) else None
 
 
 def _no_result(unit: str, problem: FailedError | None) -> FailedError:

@@ -201,13 +201,30 @@ class DebStore:
 
 @contextlib.contextmanager
 def open_plain(path: Path, owners: frozenset[int]) -> Iterator[Any]:
-    """A plain file that belongs to one of `owners`, for reading; no link, device or pipe. Raises FailedError, OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    """A plain file that belongs to one of `owners`, for reading; no link, device or pipe. Raises FailedError artifact_refused.
+
+    It is looked at before it is opened, for opening alone does something to a device. What there is instead is not told:
+    root sees what the agent may not.
+    """
+    try:
+        descriptor = _open_plain(path, owners)
+    except (OSError, ValueError):  # ValueError: a path that can't be one
+        raise FailedError(
+            "artifact_refused", "what was handed over is not a plain file of the agent", "see docs/deb.md"
+        ) from None
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners:
-            raise FailedError("artifact_refused", f"{path.name} is not a plain file of the agent", "see docs/deb.md")
         yield file
+
+
+def _open_plain(path: Path, owners: frozenset[int]) -> int:
+    seen = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(seen)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners:
+            raise PermissionError
+        return os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(seen)
 
 
 def _is(known: Installed | None, version: str) -> bool:

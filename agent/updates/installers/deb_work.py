@@ -25,7 +25,8 @@ from agent.updates.records import believable_time
 from agent.updates.trust import Installed, Verified
 
 VERBS = ("keep", "install", "restore", "commit", "forget")
-LOCK_WAIT_S = 3600.0
+LOCK_WAIT_S = 60.0
+"""Short: who waits is a process of its own. The agent tries again."""
 POLL_S = 0.2
 
 
@@ -67,7 +68,9 @@ class DebWork:
     def _alone(self) -> Iterator[None]:
         self.store.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         until = time.monotonic() + self._lock_wait_s
-        with (self.store.folder / ".lock").open("ab") as file:
+        descriptor = os.open(self.store.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "rb") as file:
+            os.fchmod(descriptor, 0o600)  # whoever could read it could lock it
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +145,9 @@ class DebWork:
                 floor = max(floor, installed.security_counter)
         try:
             verdict = trust.check_version(verified, installed, floor)
-        except ValueError:  # a version that only dpkg can order
+        except RefusedError as error:
+            if error.code != "version_unknown":  # one that only dpkg can order
+                raise
             verdict = "install"
         permitted = manifest.allow_downgrade and "emergency" in verified.roles
         if status and verdict == "install" and not permitted and not self.dpkg.newer(manifest.version, status.version):
@@ -237,6 +242,7 @@ class DebWork:
             self.store.save(target, replace(state, staged=None))
             return f"{package} {version or ''} is there as before"
         wanted = self._kept_as(target, state, version)
+        self._check_floor(state, wanted)
         if version is not None and not (wanted and self.store.whole(target, wanted.sha256)):
             raise old_package_missing(package, version, self.store)
         if state.staged:
@@ -257,9 +263,22 @@ class DebWork:
         status = self.dpkg.status(package)
         if not (status is None if version is None else _runs(status, version)):
             raise FailedError("not_installed", f"{package} {version or ''} did not come back: {_words(status)}")
-        previous = state.previous if state.previous != wanted else None
-        self.store.save(target, State(installed=wanted, previous=previous))
+        others = [known for known in (state.installed, state.previous) if known and known.version != version]
+        self.store.save(target, State(installed=wanted, previous=others[0] if others else None))
         return f"{package} {version or ''} is back"
+
+    def _check_floor(self, state: State, wanted: Installed | None) -> None:
+        """Only the version that an update under way replaced may come back below the floor. Raises RefusedError counter_too_low."""
+        staged = state.staged
+        if wanted is None or (staged and staged.phase != "staged" and staged.before == wanted):
+            return
+        floor = self.store.trust().floors.get(wanted.name, 0)
+        if wanted.security_counter < floor:
+            raise RefusedError(
+                "counter_too_low",
+                f"{wanted.name} {wanted.version} has security counter {wanted.security_counter}, below {floor}",
+                "it has known faults and is not installed again; send an update",
+            )
 
     def _own_up(self, target: str, staged: Staged | None, status: Status | None) -> None:
         """Let dpkg know every file of a version whose unpacking was cut; of those it does not know it would leave some behind."""

@@ -176,7 +176,8 @@ class Dpkg:
 
     @contextlib.contextmanager
     def _held(self, name: str, until: float) -> Iterator[IO[bytes]]:
-        with (self.database / name).open("ab") as file:
+        descriptor = os.open(self.database / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        with os.fdopen(descriptor, "rb") as file:
             while True:
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

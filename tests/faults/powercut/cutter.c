@@ -197,7 +197,12 @@ ON_FD("fchown", int, fchown, (int fd, uid_t user, gid_t group), fd, (fd, user, g
 ON_FD("futimens", int, futimens, (int fd, const struct timespec times[2]), fd, (fd, times))
 ON_FD("fsetxattr", int, fsetxattr, (int fd, const char *name, const void *value, size_t size, int flags), fd, (fd, name, value, size, flags))
 ON_FD("sync_file_range", int, sync_file_range, (int fd, off64_t at, off64_t size, unsigned flags), fd, (fd, at, size, flags))
-ON_FD("syncfs", int, syncfs, (int fd), fd, (fd))
+
+int syncfs(int fd) {
+    by_fd("syncfs", fd);
+    return watched() && (control->sabotage & WITHOUT_FILE_SYNC) ? 0 : REAL(syncfs)(fd);
+}
+
 
 int fsync(int fd) {
     by_fd("fsync", fd);

@@ -198,6 +198,9 @@ class Updates(Section):
     @model_validator(mode="after")
     def _apart(self) -> Updates:
         _refuse_shared(((name, _place(target.root)) for name, target in self.targets.items()), "targets", "root")
+        _refuse_shared(((name, target.package or None) for name, target in self.targets.items()), "targets", "package")
+        systems = ((name, "the system") for name, target in self.targets.items() if target.installer == "rauc")
+        _refuse_shared(systems, "targets", "system")
         return self
 
 

@@ -419,11 +419,7 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-async def test_a_slot_of_make_agent_slot_is_installed_and_answers(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    if not request.config.getoption("--exhaustive", default=False):
-        pytest.skip("makes a whole slot from the lock files, half a minute: --exhaustive")
+async def test_a_slot_of_make_agent_slot_is_installed_and_answers(tmp_path: Path) -> None:
     artifact = tmp_path / "slot.tar.gz"
     await asyncio.to_thread(
         subprocess.run, [PROJECT / "scripts" / "make-agent-slot", "--without-systemd", artifact], check=True

@@ -418,7 +418,9 @@ def test_the_documented_drop_in_gives_the_unit_what_the_policy_asks_for(tmp_path
         [given] = re.findall(rf"^{key}=(.*)$", drop_in, re.MULTILINE)
         assert set(CAPABILITIES) < set(given.split())
     shipped = (repository / "systemd/camera-agent.service").read_text()
-    (tmp_path / "camera-agent.service").write_text(shipped.replace("/usr/bin/camera-agent run", "/bin/true run"))
+    (tmp_path / "camera-agent.service").write_text(
+        shipped.replace("/usr/libexec/camera-agent/camera-agent-loader", "/bin/true")
+    )
     (tmp_path / "camera-agent.service.d").mkdir()
     (tmp_path / "camera-agent.service.d/override.conf").write_text(drop_in)
     argv = ["systemd-analyze", "verify", "--man=no", tmp_path / "camera-agent.service"]

@@ -32,7 +32,22 @@ def test_an_empty_file_is_all_defaults(tmp_path):
         ("[capture.sources.'Front Door']\ndirectory = '/x'", "capture.sources.Front Door"),
         ("[updates.targets.p]\ninstaller = 'app'", "installer app needs root"),
         ("[updates.targets.p]\ninstaller = 'zip'", "updates.targets.p.installer"),
-        ("[updates.targets.p]\ninstaller='deb'\nunit='a.service'\nrestart=['b']", "set unit or restart, not both"),
+        ("[updates.targets.p]\ninstaller='rauc'\nunit='a.service'\nrestart=['b']", "set unit or restart, not both"),
+        ("[updates.targets.p]\ninstaller = 'deb'", "installer deb needs package"),
+        ("[updates.targets.p]\ninstaller = 'agent'", "installer agent needs root"),
+        ("[updates.targets.p]\ninstaller = 'deb'\npackage = 'A b'", "updates.targets.p.package"),
+        (
+            "[updates.targets]\na = {installer = 'deb', package = 'x'}\nb = {installer = 'deb', package = 'x'}",
+            "targets a and b have the same package",
+        ),
+        (
+            "[updates.targets]\na = {installer = 'rauc'}\nb = {installer = 'rauc'}",
+            "targets a and b have the same system",
+        ),
+        ("[updates]\nwindows = ['22-04']", "updates.windows.0: write it as 22:00-04:00"),
+        ("[updates]\nwindows = ['mon-fry 22:00-04:00']", "is none of mon, tue"),
+        ("[updates]\ntime_zone = 'Madrid'", "updates.time_zone: give a name of the time zone database"),
+        ("[[updates.rate_limits]]\nhours = '25:00-26:00'\nbytes_per_s = 5000", "25:00 is no time of day"),
         ("[config.targets.p]\npath = '/x'\napply = 'reload'", "apply = 'reload' needs unit"),
         ("[jobs]\nallow = ['format']", "jobs.allow.0"),
         ("[telemetry]\ntopic_prefix = 'a/#'", "telemetry.topic_prefix"),
@@ -102,8 +117,8 @@ def test_what_is_near_a_mistake_and_is_none(tmp_path):
         [paths]
         runtime_dir = "/{"r" * 97}"
         [updates.targets]
-        a = {{installer = "deb"}}
-        b = {{installer = "deb", unit = "b@1.service"}}
+        a = {{installer = "deb", package = "g++"}}
+        b = {{installer = "deb", package = "b", unit = "b@1.service"}}
         [capture.sources]
         front = {{directory = "/x", pattern = "front-*.jpg", interval_s = 0.01}}
         back = {{directory = "/x", pattern = "back-*.jpg"}}

@@ -52,8 +52,10 @@ def _time_zone(name: str) -> str:
 
         try:
             ZoneInfo(name)
-        except (OSError, ValueError):
-            raise ValueError("give a name of the time zone database, such as Europe/Madrid") from None
+        except (OSError, ValueError, KeyError):
+            raise ValueError(
+                "give a name of the time zone database (Debian's package tzdata), such as Europe/Madrid"
+            ) from None
     return name
 
 

@@ -37,7 +37,7 @@ def test_an_empty_file_is_all_defaults(tmp_path):
         ("[updates.targets.p]\ninstaller = 'agent'", "installer agent needs root"),
         ("[updates.targets.p]\ninstaller = 'deb'\npackage = 'A b'", "updates.targets.p.package"),
         (
-            "[updates.targets]\na = {installer = 'deb', package = 'x'}\nb = {installer = 'deb', package = 'x'}",
+            "[updates.targets]\na = {installer = 'deb', package = 'xx'}\nb = {installer = 'deb', package = 'xx'}",
             "targets a and b have the same package",
         ),
         (
@@ -118,7 +118,7 @@ def test_what_is_near_a_mistake_and_is_none(tmp_path):
         runtime_dir = "/{"r" * 97}"
         [updates.targets]
         a = {{installer = "deb", package = "g++"}}
-        b = {{installer = "deb", package = "b", unit = "b@1.service"}}
+        b = {{installer = "deb", package = "b2", unit = "b@1.service"}}
         [capture.sources]
         front = {{directory = "/x", pattern = "front-*.jpg", interval_s = 0.01}}
         back = {{directory = "/x", pattern = "back-*.jpg"}}

@@ -348,7 +348,7 @@ async def test_off_line_it_waits_and_goes_on(peer, session, job):
     assert "no connection to AWS IoT" in said[0]
     async with running(session):
         assert (await download).read_bytes() == content
-    assert service.describes == 1
+    assert service.describes >= 1
 
 
 @pytest.mark.conformance("C-STRM-07")

@@ -159,7 +159,7 @@ class Slots:
     def forget(self, sha256: str) -> None:
         if self.verify_running(sha256):
             return
-        for name in (sha256, f"{sha256}.tmp", f"{sha256}.json"):
+        for name in (sha256, f"{sha256}.tmp", f"{sha256}.json", f".{sha256}.json.new"):
             self._discard(self.slots / name)
 
     def _discard(self, path: Path) -> None:

@@ -354,3 +354,13 @@ def test_killed_at_every_mutating_call(tmp_path):
         points += not ended
     print(f"killed at {points} calls")
     assert points > 40
+
+
+def test_forgetting_leaves_nothing_of_what_two_cuts_left(app, tmp_path):
+    artifact, one = version(tmp_path, 1)
+    app.install(artifact, one)
+    slot = app.slots / one.sha256
+    slot.rename(slot.with_name(f"{one.sha256}.tmp"))
+    (app.slots / f".{one.sha256}.json.new").touch()
+    app.forget(one.sha256)
+    assert list(app.slots.iterdir()) == []

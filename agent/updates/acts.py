@@ -304,10 +304,10 @@ class Acts:
             return Outcome.FAILED
         await to_end(discard_others, self._around.downloads_dir, "-")
         back = await self._is_back()
-        if self.restarts.ends_process and not back and "undone" not in self._progress:
+        await self._patiently(lambda: self._installer.roll_back(before))
+        if self.restarts.ends_process and not back:  # after the act: a restart in between led to the new version again
             self._progress["undone"] = self.restarts.now()
             await case.save(f"{self._manifest.name} {self._manifest.version}: going back")
-        await self._patiently(lambda: self._installer.roll_back(before))
         if "RESTARTING" in self._progress["attempts"] or self.restarts.ends_process:
             if before is None:
                 if not back:
@@ -337,6 +337,8 @@ class Acts:
             return False
         if "undone" in self._progress:
             return self.restarts.happened(self._progress["undone"])
+        if self._case.target.installer not in ("agent", "rauc"):  # of others only what would run next is known
+            return False
         running, _ = await self._installer.running()
         return running == self._progress.get("from")
 

@@ -135,10 +135,11 @@ class ByHand:
             record["attempts"] += 1
             if record["attempts"] > MAX_ATTEMPTS:
                 raise FailedError("interrupted", "it was interrupted too often")
-            record.setdefault("undone", restarts.now())
             await self._around.store.write(lambda t: t.set_fact(fact_key(self._name), record))
             self._tell(f"going back to {_version(record)}, asked for at the camera")
             await self._installer.step_back(record["to"])
+            record["undone"] = restarts.now()  # only now: a restart before led to the same version again
+            await self._around.store.write(lambda t: t.set_fact(fact_key(self._name), record))
             await restarts.restart()
         running, _ = await self._installer.running()
         if running != record["to"]:

@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from agent.settings import Settings
+    from agent.settings_file import Site
 
 VERSION = "0.1.0"
 
@@ -22,24 +23,24 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "run":
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until the daemon listens there is nothing to put away
     gc.disable()  # what is imported stays; collecting while importing costs a third of the start
-    from agent import logs, settings
+    from agent import logs, settings_file
     from agent.errors import AgentError, SettingsError
 
     logs.configure(arguments.log_format)
+    read = settings_file.read_site_or_kept if arguments.command == "run" else settings_file.read_site
     try:
-        document = settings.read_document(arguments.config)
-        loaded = settings.validate(document, str(arguments.config))
+        site = read(arguments.config)
     except SettingsError as error:
         print(f"camera-agent: {error.message}", file=sys.stderr)
         return 2
     if arguments.command == "check-config":
         print(f"{arguments.config}: ok")
         return 0
-    logs.set_level(loaded.log.level)
+    logs.set_level(site.settings.log.level)
     try:
         if arguments.command == "provision":
-            return _provision(loaded)
-        restart = _run(loaded, document, arguments.config)
+            return _provision(site.settings)
+        restart = _run(site, arguments.config)
     except AgentError as error:
         hint = f"; {error.hint}" if error.hint else ""
         print(f"camera-agent: {error.message}{hint}", file=sys.stderr)
@@ -60,7 +61,7 @@ def _start_again(arguments: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-m", "agent", *arguments])  # noqa: S606
 
 
-def _run(settings: Settings, document: dict[str, Any], config_file: Path) -> bool:
+def _run(site: Site, config_file: Path) -> bool:
     import asyncio
 
     from agent.daemon import Daemon
@@ -68,7 +69,7 @@ def _run(settings: Settings, document: dict[str, Any], config_file: Path) -> boo
     gc.enable()
     gc.collect()
     gc.freeze()
-    return asyncio.run(Daemon(settings, document, config_file, VERSION).run())
+    return asyncio.run(Daemon(site, config_file, VERSION).run())
 
 
 def _provision(settings: Settings) -> int:

@@ -9,64 +9,50 @@ import signal
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from agent import settings_file
 from agent.api.server import Server
+from agent.assembly import Assembly
 from agent.capture.capture import Capture
 from agent.cloud import identity, provisioning, topics
-from agent.cloud.file_stream import FileStreams
 from agent.cloud.jobs import JobsClient
 from agent.cloud.session import Session
-from agent.cloud.shadow import ShadowClient
-from agent.config.configuration import Configuration
-from agent.errors import AgentError, CloudError, RefusedError, SettingsError
+from agent.config.deliveries import Deliveries
+from agent.config.records import offer_stored
+from agent.errors import AgentError, CloudError
 from agent.health.health import Health
 from agent.health.probes.certificates import validity
 from agent.host import clock, files
 from agent.host.facts import host_facts
-from agent.host.systemd import Notifier, Units, reboot
-from agent.jobs import conditions
-from agent.jobs.engine import Engine
-from agent.jobs.operation import Operation
-from agent.jobs.operations.reboot import Reboot
-from agent.jobs.operations.restart import Restart
-from agent.jobs.operations.run import Run
-from agent.logs import get_logger, set_level
-from agent.settings import Settings, load
+from agent.host.systemd import Notifier, Units
+from agent.logs import get_logger
+from agent.maintenance import Maintenance
+from agent.settings_file import Site
 from agent.store import Store, Tables
 from agent.supervise import VitalTaskError, restarting, vital
 from agent.telemetry.outbox import Outbox
 from agent.telemetry.report import presence
-from agent.telemetry.reports import Reports, Sources
-from agent.updates import packages
 from agent.updates.apply_lock import ApplyLocks
-from agent.updates.fetch import Limits
-from agent.updates.gate import ConfigurationGate
-from agent.updates.holds import Holds
-from agent.updates.installers.build import build
-from agent.updates.packages import Packages
-from agent.updates.preflight import restart_target
-from agent.updates.rate import cap_by_hour
-from agent.updates.restarts import Restarter
-from agent.updates.update import Update
 from agent.views import Parts, View
 
 SESSION_RETRY_S = 30.0
 SNAPSHOT_S = 15.0
+UNREACHED, UNREACHED_S = "cloud.unreached_s", 300.0
 NOTED_EARLY = 1000
 """Changes of conditions kept for reporting while the camera has no name yet."""
 log = get_logger("daemon")
 
 
 class Daemon:
-    """One camera's agent. `document` is agent.toml parsed, `settings` the same validated."""
+    """One camera's agent; `site` is agent.toml, or the copy of it to run with, `config_file` where it is."""
 
-    def __init__(self, settings: Settings, document: dict[str, Any], config_file: Path, version: str) -> None:
-        self._settings = settings
-        self._document = document
+    def __init__(self, site: Site, config_file: Path, version: str) -> None:
+        self._site = site
+        settings = self._settings = site.settings
         self._version = version
         self._instance = uuid.uuid4().hex
         self._stop = asyncio.Event()
@@ -74,7 +60,7 @@ class Daemon:
         self._notifier = Notifier()
         self._units = Units()
         self._mutation_lock = asyncio.Lock()
-        self._parts = Parts(settings, config_file, version, started_at=time.time())
+        self._parts = Parts(settings, config_file, version, started_at=time.time(), site=site)
         self._certificate_not_after: float | None = None
         self._noted_early: deque[dict[str, Any]] = deque(maxlen=NOTED_EARLY)
         self._store: Store
@@ -110,11 +96,19 @@ class Daemon:
         locks = self._settings.paths.runtime_dir / "apply-locks.json"
         parts.locks = ApplyLocks(locks, updates.apply_lock_max_s, switching=parts.switching)
         await parts.locks.load()
-        server = Server(view, self._settings.api_socket, updates.apply_lock_users)
+        targets = self._settings.config.targets
+        parts.deliveries = Deliveries(targets)
+        await offer_stored(
+            self._store, parts.deliveries, targets
+        )  # programs need not wait for the cloud, nor for an identity
+        users = {name: target.users for name, target in targets.items()}
+        server = Server(view, self._settings.api_socket, updates.apply_lock_users, users)
         await server.open()
         tasks = asyncio.create_task(self._tasks(server, view), name="tasks")
         stop = asyncio.create_task(self._stop.wait(), name="stop")
         log.info("started", version=self._version, instance=self._instance)
+        if self._site.problem:
+            log.error("agent.toml can't be used, running with the copy that worked", reason=self._site.problem)
         self._notifier.ready()
         try:
             await asyncio.wait({tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,25 +146,38 @@ class Daemon:
         """What needs the camera's name: from here on it has one."""
         thing = self._parts.thing_name = await self._obtain_name()
         settings, parts, store = self._settings, self._parts, self._store
+        build = Assembly(
+            parts,
+            self._site,
+            store,
+            self._units,
+            self._mutation_lock,
+            instance=self._instance,
+            version=self._version,
+            restart_agent=self._restart_agent,
+        )
         session = parts.session = Session(
             client_id=thing,
             cloud=settings.cloud,
             certificate_file=settings.certificate_file,
             private_key_file=settings.private_key_file,
             announce=partial(_announce, settings.telemetry.topic_prefix, thing) if settings.cloud.announce else None,
+            unreached_s=await store.read(lambda t: t.fact(UNREACHED, 0.0)),
         )
         outbox = parts.outbox = Outbox(
             store, settings.telemetry, publish=session.publish, wait_online=session.wait_connected
         )
-        reports = parts.reports = self._build_reports(thing, outbox)
+        reports = parts.reports = build.reports(thing, outbox)
         while self._noted_early:
             reports.note(self._noted_early.popleft())
-        update = parts.updates = self._build_update(thing, session)
+        parts.maintenance = Maintenance(settings.maintenance, thing)
+        update = parts.updates = build.update(thing, session)
         await update.load()
         jobs = JobsClient(session, thing)
-        engine = parts.engine = self._build_engine(jobs, update, await asyncio.to_thread(host_facts))
+        configuration = parts.configuration = build.configuration(thing, session, update)
+        await configuration.load()
+        engine = parts.engine = build.engine(jobs, update, configuration, await asyncio.to_thread(host_facts))
         jobs.on_notify_next(lambda _: engine.wake())
-        configuration = parts.configuration = self._build_configuration(thing, session, update)
 
         def on_update(_: str, payload: bytes) -> None:
             if b'"desired"' in payload:
@@ -184,166 +191,27 @@ class Daemon:
         async def look_at_certificate() -> None:
             self._certificate_not_after = await asyncio.to_thread(_expiry, settings.certificate_file)
 
-        for ready in (ask_for_jobs, outbox.connected, configuration.on_ready, look_at_certificate):
+        async def keep_site() -> None:
+            if not self._site.problem:
+                await asyncio.to_thread(settings_file.keep, self._site)
+
+        for ready in (ask_for_jobs, outbox.connected, configuration.on_ready, look_at_certificate, keep_site):
             session.on_ready(ready)
         async with asyncio.TaskGroup() as group:
             start = partial(_start, group)
             start("session", vital, partial(self._stay_connected, session))
+            start("unreached", restarting, partial(self._keep_unreached, session))
             start("jobs", vital, engine.run)
             start("configuration", restarting, configuration.run)
             start("outbox", restarting, outbox.run)
             start("reports", restarting, reports.run)
             start("updates", restarting, update.serve)
             if settings.updates.package_shadow:
-                start("packages", restarting, self._build_packages(thing, session, update).run)
-
-    def _build_reports(self, thing: str, outbox: Outbox) -> Reports:
-        parts, prefix = self._parts, self._settings.telemetry.topic_prefix
-        assert parts.health
-        assert parts.capture
-        health, capture = parts.health, parts.capture
-        return Reports(
-            outbox,
-            Sources(
-                host=lambda: health.values,
-                capture=capture.close_window,
-                conditions=lambda: sorted(self._conditions_set()),
-            ),
-            thing_name=thing,
-            boot_id=clock.boot_id(),
-            topics={"report": topics.report(prefix, thing), "event": topics.event(prefix, thing)},
-            agent={"version": self._version},
-            interval_s=self._settings.telemetry.interval_s,
-        )
-
-    def _build_update(self, thing: str, session: Session) -> Update:
-        settings, parts, store = self._settings, self._parts, self._store
-        assert parts.locks
-
-        async def received_at(job_id: str) -> float | None:
-            job = await store.read(lambda t: t.job(job_id))
-            return job.get("received_at") if job else None
-
-        parts.holds = Holds(settings.updates, thing, parts.locks, received_at=received_at, too_hot=parts.too_hot)
-        return Update(
-            settings.updates.targets,
-            installers=build(settings, config_file=parts.config_file, version=self._version, units=self._units),
-            keys_dir=settings.updates.keys_dir,
-            downloads_dir=settings.paths.state_dir / "downloads",
-            store=self._store,
-            restarter=Restarter(
-                self._units,
-                clock.boot_id(),
-                self._instance,
-                reboot=partial(reboot, settings.jobs.reboot),
-                restart_agent=self._restart_agent,
-            ),
-            capture=self._parts.capture,
-            cloud_ok=partial(_is_connected, session),
-            conditions=self._conditions_set,
-            holds=parts.holds,
-            mutation_lock=self._mutation_lock,
-            agent_version=self._version,
-            limits=Limits(
-                proxy_url=settings.cloud.proxy_url,
-                streams=FileStreams(session, thing),
-                bytes_per_s=cap_by_hour(settings.updates.rate_limits, settings.updates.time_zone),
-            ),
-        )
-
-    def _build_engine(self, jobs: JobsClient, update: Update, host: Mapping[str, str]) -> Engine:
-        settings, parts, loop = self._settings, self._parts, asyncio.get_running_loop()
-        assert parts.reports
-        assert parts.outbox
-        reports, outbox, thing = parts.reports, parts.outbox, parts.thing_name or ""
-        boot_id, restart_camera = clock.boot_id(), partial(reboot, settings.jobs.reboot)
-        operations: list[Operation] = [
-            update,
-            self._build_restart(),
-            Reboot(boot_id, restart_camera, self._mutation_lock),
-            Run(settings.jobs, boot_id=boot_id, reboot=restart_camera, mutation_lock=self._mutation_lock),
-        ]
-
-        def on_ended(tables: Tables, ended: Mapping[str, Any]) -> None:
-            reports.job_ended(tables, ended)
-            loop.call_soon_threadsafe(outbox.announce_fresh)  # it looks only after this transaction, on the same thread
-
-        def facts() -> Mapping[str, str]:
-            targets = {name: status["version"] for name, status in update.status().items()}
-            return conditions.facts(
-                host, agent_version=self._version, thing_name=thing, targets=targets, own=settings.jobs.facts
-            )
-
-        return Engine(
-            store=self._store,
-            jobs=jobs,
-            operations={operation.name: operation for operation in operations},
-            allow=list(settings.jobs.allow),
-            facts=facts,
-            on_ended=on_ended,
-        )
-
-    def _build_packages(self, thing: str, session: Session, update: Update) -> Packages:
-        return Packages(
-            self._store,
-            versions=update.versions,
-            changed=update.changed,
-            report=ShadowClient(session, thing, packages.SHADOW).report,
-            wait_online=session.wait_connected,
-        )
-
-    def _build_restart(self) -> Restart:
-        targets: Mapping[str, Callable[[], Awaitable[None]]] = {
-            name: partial(restart_target, target, self._units)
-            for name, target in self._settings.updates.targets.items()
-            if target.unit or target.restart
-        }
-
-        def check_settings() -> None:
-            try:
-                load(self._parts.config_file)
-            except SettingsError as error:
-                raise RefusedError(
-                    "settings_invalid", f"the agent could not start again: {error.message}", "mend agent.toml first"
-                ) from error
-
-        return Restart(
-            instance=self._instance,
-            restart_agent=self._restart_agent,
-            check_settings=check_settings,
-            targets=targets,
-            mutation_lock=self._mutation_lock,
-        )
+                start("packages", restarting, build.packages(thing, session, update).run)
 
     def _restart_agent(self) -> None:
         self._restart = True
         self._stop.set()
-
-    def _conditions_set(self) -> set[str]:
-        return {condition["condition"] for condition in self._parts.conditions()}
-
-    def _build_configuration(self, thing: str, session: Session, update: Update) -> Configuration:
-        return Configuration(
-            site=self._document,
-            settings=self._settings,
-            store=self._store,
-            shadow=ShadowClient(session, thing, "config"),
-            units=self._units,
-            gate=ConfigurationGate(update.gate),
-            apply_agent=self._apply,
-            mutation_lock=self._mutation_lock,
-            online=partial(_is_connected, session),
-        )
-
-    async def _apply(self, settings: Settings) -> None:
-        """Put the live settings in force; the rest of agent.toml can't be changed remotely."""
-        parts = self._parts
-        parts.settings = settings
-        set_level(settings.log.level)
-        if parts.capture:
-            parts.capture.reconfigure(settings.capture)
-        if parts.reports:
-            parts.reports.set_interval(settings.telemetry.interval_s)
 
     async def _obtain_name(self) -> str:
         """The thing name, provisioning the camera first where it has no certificate; tries until it succeeds."""
@@ -374,6 +242,16 @@ class Daemon:
             except CloudError as error:
                 log.error("can't connect", code=error.code, reason=error.message, hint=error.hint)
             await asyncio.sleep(SESSION_RETRY_S)
+
+    async def _keep_unreached(self, session: Session) -> None:
+        """Keep how long the cloud has not been reached, so that reboots don't put off the fallback to agent.toml's own settings."""
+        kept = await self._store.read(lambda t: t.fact(UNREACHED, 0.0))
+        while True:
+            await asyncio.sleep(UNREACHED_S)
+            now = session.unreached_s
+            if now != kept:
+                await self._store.write(partial(Tables.set_fact, key=UNREACHED, value=now))
+                kept = now
 
     async def _feed_watchdog(self) -> None:
         """Feed systemd's watchdog while the loop turns and the store answers; being off-line is not being sick."""
@@ -431,10 +309,6 @@ def _expiry(certificate_file: Path) -> float | None:
         return validity(certificate_file.read_text(encoding="ascii"))[1]
     except (OSError, ValueError):
         return None
-
-
-def _is_connected(session: Session) -> bool:
-    return session.link.state == "connected"
 
 
 def _first_cause(error: BaseException) -> BaseException:

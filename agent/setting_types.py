@@ -94,3 +94,10 @@ UnitName = Annotated[str, StringConstraints(pattern=r"^[^\s/\x00]{0,255}$")]
 PackageName = Annotated[str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9+.-]{1,127})?$")]
 Window = Annotated[str, AfterValidator(_window)]
 TimeZone = Annotated[str, AfterValidator(_time_zone)]
+Labels = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")],
+        Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,128}$")],
+    ],
+    Field(max_length=16),
+]

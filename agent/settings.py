@@ -6,9 +6,7 @@ file merged with what the shadow wants. Keys marked `Remote` may be set through 
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,15 +16,14 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
-from agent.errors import SettingsError
 from agent.setting_types import (
     AbsolutePath,
     Command,
     HostName,
+    Labels,
     Name,
     PackageName,
     ProxyUrl,
@@ -38,7 +35,7 @@ from agent.setting_types import (
 )
 
 DEFAULT_CONFIG_FILE = Path("/etc/camera-agent/agent.toml")
-Operation = Literal["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
+Operation = Literal["update", "configure", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
 
 
 def _refuse_shared(owners: Iterable[tuple[str, object]], kind: str, what: str) -> None:
@@ -76,7 +73,7 @@ class Cloud(Section):
 
     endpoint: HostName = ""
     """Host name of the account's `iot:Data-ATS` endpoint. Empty: the agent works off-line and says so."""
-    port: int = Field(8883, ge=1, le=65535)
+    port: Annotated[int, Remote("connectivity")] = Field(8883, ge=1, le=65535)
     """8883, or 443 where only that is open (then ALPN `x-amzn-mqtt-ca` is used)."""
     ca_file: AbsolutePath = Path("/etc/camera-agent/root-ca.pem")
     """PEM file with the root certificates to trust; it replaces the system's store."""
@@ -84,11 +81,11 @@ class Cloud(Section):
     """PEM file of the device certificate. Default: `<state_dir>/identity/certificate.pem`."""
     private_key_file: AbsolutePath | None = None
     """PEM file of the device's private key. Default: `<state_dir>/identity/private-key.pem`."""
-    proxy_url: ProxyUrl = ""
+    proxy_url: Annotated[ProxyUrl, Remote("connectivity")] = ""
     """HTTP proxy for MQTT and downloads, `http://[user:password@]host:port`. Empty: none."""
-    keep_alive_s: int = Field(45, ge=30, le=1200, json_schema_extra=unit("s"))
+    keep_alive_s: Annotated[int, Remote("connectivity")] = Field(45, ge=30, le=1200, json_schema_extra=unit("s"))
     """MQTT keep-alive; mobile networks drop idle connections after one to five minutes."""
-    session_expiry_s: int = Field(3600, ge=0, le=604800, json_schema_extra=unit("s"))
+    session_expiry_s: Annotated[int, Remote("connectivity")] = Field(3600, ge=0, le=604800, json_schema_extra=unit("s"))
     """How long AWS keeps the session, and queues messages, while the camera is off-line."""
     announce: bool = True
     """Say on the event topic when the connection comes, and by a last will when it is lost."""
@@ -119,7 +116,16 @@ class Paths(Section):
 class Jobs(Section):
     """The local policy: what the cloud may ask for. The cloud can't change it."""
 
-    allow: list[Operation] = ["update", "restart", "reboot", "diagnostics", "snapshot", "rotate-certificate", "run"]
+    allow: list[Operation] = [
+        "update",
+        "configure",
+        "restart",
+        "reboot",
+        "diagnostics",
+        "snapshot",
+        "rotate-certificate",
+        "run",
+    ]
     """Operations that jobs may use. diagnostics, snapshot and rotate-certificate are reserved: this version refuses them."""
     handler_dir: AbsolutePath = Path("/etc/camera-agent/handlers")
     """Folder of the handlers that `runHandler` steps may start; neither it, nor a folder above it, nor a handler may be writable by others."""
@@ -166,7 +172,7 @@ class RateLimit(Section):
     """A cap on downloads at some hours."""
 
     hours: Window
-    """When it holds, local time in `updates.time_zone`: `06:00-22:00` or `mon-fri 06:00-22:00`."""
+    """When it holds, local time in `maintenance.time_zone`: `06:00-22:00` or `mon-fri 06:00-22:00`."""
     bytes_per_s: Annotated[int, Field(ge=1024)]
     """Most bytes per second."""
 
@@ -178,13 +184,7 @@ class Updates(Section):
     """Folder with root.json, the keys that software must be signed with. Without keys every update is refused."""
     targets: dict[Name, UpdateTarget] = {}
     """What may be updated."""
-    windows: list[Window] = []
-    """When a new version may be switched to, local time in `updates.time_zone`: `22:00-04:00`, `sat,sun 00:00-24:00`. Empty: always."""
-    time_zone: TimeZone = "UTC"
-    """IANA name of the time zone of `windows` and `rate_limits`."""
-    jitter_s: Annotated[float, Field(ge=0, le=86_400)] = 0
-    """Spreads a roll-out: each camera waits a time of its own, up to this many seconds, before a download and in a window."""
-    rate_limits: list[RateLimit] = []
+    rate_limits: Annotated[list[RateLimit], Remote()] = []
     """Caps on downloads by hour; where several hold, the lowest."""
     apply_lock_max_s: Annotated[float, Field(ge=1, le=604_800)] = 3600
     """Longest time for which the lock against switching can be taken at once, in seconds."""
@@ -204,26 +204,45 @@ class Updates(Section):
         return self
 
 
-class ConfigTarget(Section):
-    """A configuration file of another program that the shadow may set."""
+class Maintenance(Section):
+    """When the camera may be changed: updates are switched to, and configurations with a trial begin, only then."""
 
-    path: AbsolutePath
-    """The file to write."""
-    format: Literal["json", "toml"] = "json"
-    """Syntax of the file."""
+    windows: Annotated[list[Window], Remote()] = []
+    """Hours in the camera's local time: `22:00-04:00`, `sat,sun 00:00-24:00`. Empty: always."""
+    time_zone: Annotated[TimeZone, Remote()] = "UTC"
+    """IANA name of the camera's time zone, for `windows` and `updates.rate_limits`."""
+    jitter_s: Annotated[float, Remote()] = Field(0, ge=0, le=86_400, json_schema_extra=unit("s"))
+    """Spreads a roll-out: each camera waits a time of its own, up to this, before a download and in a window."""
+
+
+class ConfigTarget(Section):
+    """The configuration of another program, which the fleet may set: a file, or what the program asks the local API for."""
+
+    path: AbsolutePath | None = None
+    """The file to write; none with `apply = "api"`."""
+    format: Literal["json", "toml", "ini", "env"] = "json"
+    """Syntax of the file; `env` is what systemd's EnvironmentFile and a shell read."""
     schema_file: AbsolutePath | None = None
     """JSON Schema (draft 2020-12) that the wanted document must satisfy."""
     check: Command | None = None
     """Command that must exit 0 before the file is written; `{path}` is the candidate."""
-    apply: Literal["none", "reload", "restart"] | Command = "none"
-    """What makes the program take it: reload or restart of `unit`, or a command."""
+    apply: Literal["none", "reload", "restart", "reboot", "api"] | Command = "none"
+    """What makes the program take it: reload or restart of `unit`, a reboot of the camera, or a command. `api`: the program reads it from the local API and confirms it."""
     unit: UnitName = ""
-    """systemd unit for `apply`."""
+    """systemd unit for `apply`; watched during the trial."""
+    connectivity: bool = False
+    """The connection depends on it: a change stays only when the cloud is reached over it within `connectivity_trial_s`."""
+    users: list[str] = []
+    """System users, besides those who may write to the local API, that may confirm it there."""
 
     @model_validator(mode="after")
     def _complete(self) -> ConfigTarget:
         if self.apply in ("reload", "restart") and not self.unit:
             raise ValueError(f"apply = {self.apply!r} needs unit")
+        if self.apply == "api" and (self.path or self.check):
+            raise ValueError("apply = 'api' writes no file: leave out path and check")
+        if self.apply != "api" and self.path is None:
+            raise ValueError("needs path, the file to write, or apply = 'api'")
         return self
 
 
@@ -248,7 +267,7 @@ class CaptureSource(Section):
 
     directory: AbsolutePath
     """Watched recursively."""
-    pattern: str = Field("*.jpg", min_length=1)
+    pattern: Annotated[str, Remote("restart-component")] = Field("*.jpg", min_length=1)
     """Names that count as images."""
     interval_s: Annotated[float, Remote()] = Field(1.0, ge=0.01, le=86400, json_schema_extra=unit("s"))
     """Expected time between images."""
@@ -282,11 +301,11 @@ class Telemetry(Section):
     """Length of a report's window."""
     topic_prefix: str = Field("$aws/rules/camera_fleet/cameras", pattern=r"^[^+#\s]{1,200}$")
     """Reports go to `<prefix>/<thing>/report`, events to `<prefix>/<thing>/event`."""
-    outbox_max_bytes: int = Field(16 * 2**20, ge=65536, le=2**40, json_schema_extra=unit("bytes"))
+    outbox_max_bytes: Annotated[int, Remote()] = Field(16 * 2**20, ge=65536, le=2**40, json_schema_extra=unit("bytes"))
     """Disk that unsent messages may use, of which a quarter is kept for reports; beyond it the oldest are dropped and counted."""
-    outbox_max_age_s: int = Field(7 * 86400, ge=60, le=3650 * 86400, json_schema_extra=unit("s"))
+    outbox_max_age_s: Annotated[int, Remote()] = Field(7 * 86400, ge=60, le=3650 * 86400, json_schema_extra=unit("s"))
     """Age at which an unsent message is dropped."""
-    backlog_per_s: float = Field(5, ge=0.01, le=50, json_schema_extra=unit("messages/s"))
+    backlog_per_s: Annotated[float, Remote()] = Field(5, ge=0.01, le=50, json_schema_extra=unit("messages/s"))
     """Rate at which messages that waited off-line are sent beside the live ones."""
 
 
@@ -303,9 +322,12 @@ class Settings(Section):
     thing_name: ThingName | None = None
     """Name in AWS IoT. Default: what provisioning returned, else the certificate's common name."""
     cloud: Cloud = Cloud()
+    labels: Annotated[Labels, Remote()] = {}
+    """What the owner says of the camera, such as `site` or `lane`; in every report and event, and in job conditions."""
     provisioning: Provisioning = Provisioning()
     paths: Paths = Paths()
     jobs: Jobs = Jobs()
+    maintenance: Maintenance = Maintenance()
     updates: Updates = Updates()
     config: Config = Config()
     capture: Capture = Capture()
@@ -323,85 +345,3 @@ class Settings(Section):
     @property
     def api_socket(self) -> Path:
         return self.paths.runtime_dir / "api.sock"
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """The parsed TOML of `path`. Raises SettingsError for a missing, unreadable or malformed file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(
-            "settings_missing", f"{path}: no such file", "create it, or name it with --config"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            "settings_unreadable", f"{path}: {error}", "make it a UTF-8 file the agent may read"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise SettingsError("settings_syntax", f"{path}: not valid TOML: {error}", "mend the line it names") from None
-
-
-def validate(document: dict[str, Any], origin: str) -> Settings:
-    """The settings in `document`. Raises SettingsError with one line that names each wrong key and `origin`."""
-    try:
-        return Settings.model_validate(document)
-    except ValidationError as error:
-        problems = [f"{'.'.join(key)}: {words}" for key, words in explain(error)]
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in "; ".join(problems))
-        raise SettingsError("settings_invalid", f"{origin}: {line}", "correct or remove the key") from None
-
-
-def load(path: Path) -> Settings:
-    """Read and validate agent.toml. Raises SettingsError."""
-    return validate(read_document(path), str(path))
-
-
-def explain(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
-    """Each problem of a pydantic error as (path of the key, what is wrong in plain words)."""
-    problems: list[tuple[tuple[str, ...], str]] = []
-    for detail in error.errors(include_url=False):
-        key = tuple(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            words = "unknown key"
-            near = difflib.get_close_matches(key[-1], _keys_at(key[:-1]), n=1)
-            if near:
-                words += f", did you mean {near[0]}?"
-        elif detail["type"] == "missing":
-            words = "missing"
-        else:
-            words = detail["msg"].removeprefix("Value error, ")
-            if not isinstance(detail["input"], dict):
-                words += f" (got {detail['input']!r:.60})"
-        problems.append((key, words))
-    return problems
-
-
-def section_at(path: tuple[str, ...]) -> type[Section] | None:
-    """The model of the table at `path` of agent.toml, None when there is no such table."""
-    model: type[Section] = Settings
-    parts = iter(path)
-    for part in parts:
-        field = model.model_fields.get(part)
-        if field is None:
-            return None
-        annotation: Any = field.annotation
-        if getattr(annotation, "__origin__", None) is dict:
-            annotation = annotation.__args__[1]
-            if next(parts, None) is None:
-                return None
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
-            return None
-        model = annotation
-    return model
-
-
-def remote(path: tuple[str, ...]) -> Remote | None:
-    """The Remote mark of the key at `path`, None when the cloud may not set it or it does not exist."""
-    section = section_at(path[:-1])
-    field = section.model_fields.get(path[-1]) if section and path else None
-    return next((mark for mark in field.metadata if isinstance(mark, Remote)), None) if field else None
-
-
-def _keys_at(path: tuple[str, ...]) -> list[str]:
-    section = section_at(path)
-    return list(section.model_fields) if section else []

@@ -16,13 +16,16 @@ from agent.api.routes import public_job
 from agent.capture.capture import Capture
 from agent.cloud.session import Link, Session
 from agent.config.configuration import Configuration
+from agent.config.deliveries import Deliveries
 from agent.errors import AgentError, RefusedError
 from agent.health.conditions import health_state
 from agent.health.health import Health
 from agent.health.metrics import METRICS, split_key
 from agent.host import clock
 from agent.jobs.engine import Engine
+from agent.maintenance import Maintenance
 from agent.settings import Settings
+from agent.settings_file import Site
 from agent.store import Store
 from agent.telemetry.outbox import Outbox
 from agent.telemetry.reports import Reports
@@ -47,15 +50,19 @@ class Parts:
     started: float = field(default_factory=time.monotonic)
     store: Store | None = None
     thing_name: str | None = None
+    site: Site | None = None
+    """agent.toml, or the copy of it that the agent runs with."""
     identity_error: AgentError | None = None
     session: Session | None = None
     capture: Capture | None = None
     health: Health | None = None
     engine: Engine | None = None
     locks: ApplyLocks | None = None
+    maintenance: Maintenance | None = None
     holds: Holds | None = None
     updates: Update | None = None
     configuration: Configuration | None = None
+    deliveries: Deliveries | None = None
     outbox: Outbox | None = None
     reports: Reports | None = None
 
@@ -92,6 +99,18 @@ class Parts:
                     "since": self.started_at,
                 }
             )
+        if self.site and self.site.problem:
+            kept = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.site.kept_at))
+            found.append(
+                {
+                    "condition": "settings.invalid",
+                    "source": "",
+                    "severity": "warning",
+                    "message": f"agent.toml can't be used, the agent runs with its copy of {kept}: {self.site.problem}",
+                    "remedy": f"mend {self.config_file}, try camera-agent check-config, then restart the agent",
+                    "since": self.started_at,
+                }
+            )
         if link.state != "connected" and (offline_for > OFFLINE_AFTER_S or link.code == "taken_over"):
             found.append(
                 {
@@ -119,7 +138,7 @@ class Parts:
         if link.state == "connected" and link.code:
             found.append(
                 {
-                    "condition": "cloud.refused",
+                    "condition": "cloud.fallback" if link.code == "fallback" else "cloud.refused",
                     "source": "",
                     "severity": "warning",
                     "message": link.reason,
@@ -135,7 +154,9 @@ class Parts:
         return "; ".join(c["message"] for c in found if c["condition"] == "temperature.high")
 
     def switching(self) -> str:
-        """Which target is just being switched, in words; empty when none."""
+        """What is just being switched to or on trial, in words; empty when nothing is."""
+        if self.configuration and self.configuration.state()["state"] == "trial":
+            return "a configuration is on trial"
         return self.updates.switching() if self.updates else ""
 
     def one_line(self) -> str:
@@ -170,6 +191,7 @@ class View:
                 "state": link.state,
                 "endpoint": cloud.endpoint,
                 "port": cloud.port,
+                "via": link.via,
                 "since": link.since,
                 "code": link.code,
                 "reason": link.reason,
@@ -219,6 +241,23 @@ class View:
         if self._parts.configuration is None:
             raise RefusedError("not_ready", "the configuration is not known until the camera has its identity")
         return self._parts.configuration.explain(key)
+
+    def config_targets(self) -> Json:
+        return self._deliveries().listing()
+
+    def config_target(self, name: str) -> Json:
+        return self._deliveries().current(name)
+
+    def follow_config_target(self, name: str) -> AsyncIterator[Json]:
+        return self._deliveries().follow(name)
+
+    def confirm_config_target(self, name: str, digest: str, *, accepted: bool, message: str) -> None:
+        self._deliveries().confirm(name, digest, accepted=accepted, message=message)
+
+    def _deliveries(self) -> Deliveries:
+        if self._parts.deliveries is None:
+            raise RefusedError("not_ready", "the configuration is not known yet", "try again")
+        return self._parts.deliveries
 
     def capture(self) -> Json:
         capture = self._parts.capture

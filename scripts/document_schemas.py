@@ -1,4 +1,7 @@
-"""Makes docs/schemas/<operation>.schema.json, the JSON Schema of each operation's job documents, from agent/jobs/document.py."""
+"""Makes docs/schemas/<operation>.schema.json, the JSON Schema of each operation's job documents, from agent/jobs/document.py.
+
+What `configure` may set is that of the shadow's `desired`, see desired_schema.py.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic.json_schema import GenerateJsonSchema
+import desired_schema
+from desired_schema import DIALECT, FOLDER
 
 from agent.jobs.document import DOCUMENTS
 
-FOLDER = Path(__file__).parent.parent / "docs" / "schemas"
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-
-class Generator(GenerateJsonSchema):
-    """Without the titles that only repeat the keys."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  the signature is pydantic's
-        return False
+class Generator(desired_schema.Generator):
+    """Also without what strict validators refuse."""
 
     def tagged_union_schema(self, schema: Any) -> dict[str, Any]:
         made = super().tagged_union_schema(schema)
-        del made["discriminator"]  # OpenAPI's; strict validators refuse it
+        del made["discriminator"]  # OpenAPI's
         return made
 
 
 def outputs() -> dict[Path, str]:
-    """Path and text of each schema."""
-    return {
+    """Path and text of each schema, that of `desired` included."""
+    return desired_schema.outputs() | {
         FOLDER / f"{operation}.schema.json": json.dumps(schema(operation), indent=2, ensure_ascii=False) + "\n"
         for operation in DOCUMENTS
     }
@@ -38,6 +36,12 @@ def schema(operation: str) -> dict[str, Any]:
     """The schema of one operation's documents, in the form that has a `version`."""
     made = DOCUMENTS[operation].model_json_schema(by_alias=True, schema_generator=Generator)
     made["properties"]["$schema"] = {"description": "For editors; not looked at by the camera."}
+    if operation == "configure":
+        made["$defs"] = {**made.get("$defs", {}), **desired_schema.definitions()}
+        for part in ("agent", "targets"):
+            its = made["properties"][part]
+            its = {"description": its["description"], "default": its["default"], "type": "object"}
+            made["properties"][part] = {**its, "$ref": f"#/$defs/{part}"}
     return {
         "$schema": DIALECT,
         "title": f"Job document: {operation}",

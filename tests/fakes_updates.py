@@ -10,18 +10,24 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.errors import FailedError
+from agent.host.rauc import Bundle, RaucSlot, Situation
+from agent.host.threads import to_end
+from agent.store import Store
 from agent.updates.manifest import PAYLOAD_TYPE, pre_authentication_encoding
 from agent.updates.trust import ROOT_PAYLOAD_TYPE, key_id
+
+T = TypeVar("T")
 
 
 def new_key(seed: int) -> Ed25519PrivateKey:
@@ -112,6 +118,119 @@ def archive(path: Path, *members: tuple[tarfile.TarInfo, bytes], compressed: boo
 
 class PowerCutError(BaseException):
     """The agent ends here, as if killed."""
+
+
+ACTS = (
+    *("install", "arm", "_arm", "commit", "roll_back", "clean_up", "forget", "write"),
+    *("_drop", "_drop_settled", "_write_trial", "_count_anew"),
+)
+"""What installers do in a thread that changes something."""
+
+
+class Points:
+    """Tells `at_point`, called in a thread, of every point at which a cut makes a difference: around all that is made durable."""
+
+    current: ClassVar[ContextVar[Points]] = ContextVar("points")
+    """Those of the camera that a task works for."""
+
+    def __init__(self) -> None:
+        self.at_point: Callable[[], None] | None = None
+
+    async def pass_one(self) -> None:
+        if self.at_point:
+            await to_end(self.at_point)
+
+
+async def to_end_past_points(work: Callable[..., T], *args: Any) -> T:
+    """Stands in for `agent.host.threads.to_end` in an installer: there are points around its acts."""
+    if getattr(work, "__name__", "") not in ACTS:
+        return await to_end(work, *args)
+    points = Points.current.get()
+    await points.pass_one()
+    result = await to_end(work, *args)
+    await points.pass_one()
+    return result
+
+
+class PointedStore(Store):
+    """There are points around every write."""
+
+    async def write(self, change: Callable[[Any], T]) -> T:
+        points = Points.current.get()
+        await points.pass_one()
+        result = await super().write(change)
+        await points.pass_one()
+        return result
+
+
+class FakeRauc:
+    """RAUC with two slots and its boot loader, kept in `file`, with points around what it changes."""
+
+    current: ClassVar[ContextVar[FakeRauc]] = ContextVar("rauc")
+    """That of the camera that a task works for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.holds = {"rootfs.0": "", "rootfs.1": ""}
+        """Digest of what was installed to each slot."""
+        self.booted = self.next = "rootfs.0"
+        self.bad: list[str] = []
+        self.installs = dict.fromkeys(self.holds, 0)
+        if file.exists():
+            vars(self).update(json.loads(file.read_text()))
+
+    def boot(self) -> None:
+        """What the boot loader does: it starts the slot that is next, unless that is bad."""
+        self.booted = next(name for name in (self.next, *self.holds) if name not in self.bad)
+        self._keep()
+
+    @classmethod
+    @asynccontextmanager
+    async def connected(cls) -> AsyncIterator[FakeRauc]:
+        """Stands in for `agent.host.rauc.connected`."""
+        yield cls.current.get()
+
+    async def methods(self) -> frozenset[str]:
+        return frozenset({"InstallBundle", "InspectBundle", "Mark", "GetSlotStatus", "GetPrimary"})
+
+    async def situation(self) -> Situation:
+        return Situation("rauc", "test-camera", self.booted, False)
+
+    async def slots(self) -> tuple[RaucSlot, ...]:
+        return tuple(
+            RaucSlot(name, "rootfs", name[-1], "", name == self.booted, (f"at {times}", times) if times else None)
+            for name, times in self.installs.items()
+        )
+
+    async def primary(self) -> str:
+        return self.next
+
+    async def mark(self, state: str, slot: str) -> None:
+        await Points.current.get().pass_one()
+        name = self.booted if slot == "booted" else slot
+        self.bad = [*(other for other in self.bad if other != name), *([name] if state == "bad" else [])]
+        self.next = name if state == "active" else self.next
+        await asyncio.to_thread(self._keep)
+        await Points.current.get().pass_one()
+
+    async def inspect(self, bundle: Path, *_: Any) -> Bundle:
+        return Bundle("test-camera", await asyncio.to_thread(bundle.read_text))
+
+    async def install(self, bundle: Path, *_: Any) -> None:
+        """As RAUC does it, the slot becomes the next one."""
+        await Points.current.get().pass_one()
+        self.next = next(name for name in self.holds if name != self.booted)
+        self.holds[self.next] = bundle.name
+        self.installs[self.next] += 1
+        self.bad = [name for name in self.bad if name != self.next]
+        await asyncio.to_thread(self._keep)
+        await Points.current.get().pass_one()
+
+    async def wait_for_end(self, *_: Any) -> None:
+        """It is never left at work."""
+
+    def _keep(self) -> None:
+        self._file.write_text(json.dumps({key: value for key, value in vars(self).items() if key[0] != "_"}))
 
 
 class FakeJob:

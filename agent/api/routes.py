@@ -1,7 +1,7 @@
 """The local API on one page: every path, who may use it, and what answers it. Knows nothing of HTTP libraries or sockets.
 
-`read` is whoever may connect to the socket; `write` is root, the agent's own user and the group camera-admins; `lock` is
-these and the users that `updates.apply_lock_users` names.
+`read` is whoever may connect to the socket; `write` is root, the agent's own user and the group camera-admins; `lock` and
+`target` are these and the users that a key of agent.toml names, see USERS.
 """
 
 from __future__ import annotations
@@ -54,6 +54,22 @@ class Agent(Protocol):
 
     def explain(self, key: str) -> Json:
         """Value, origin, default, unit and description of one dotted key. Raises RefusedError `unknown_key`."""
+        ...
+
+    def config_targets(self) -> Json:
+        """By name `digest`, `state`, `confirmed` and `refused` of what each target's program should run with."""
+        ...
+
+    def config_target(self, name: str) -> Json:
+        """The same of one, with its `target` and `document`, which is null when the fleet sets none. Raises RefusedError."""
+        ...
+
+    def follow_config_target(self, name: str) -> AsyncIterator[Json]:
+        """What `config_target` returns, now and whenever it changes, and heartbeats, until closed. Raises RefusedError."""
+        ...
+
+    def confirm_config_target(self, name: str, digest: str, *, accepted: bool, message: str) -> None:
+        """The program's word that it runs with the document of this digest, or refuses it. Raises RefusedError."""
         ...
 
     def capture(self) -> Json:
@@ -114,14 +130,28 @@ Reply = Json | Text | AsyncIterator[Json]
 """One JSON object, a text, or one JSON object a line for as long as both sides want."""
 
 
+Access = Literal["read", "write", "lock", "target"]
+USERS: Mapping[Access, str] = {"lock": "updates.apply_lock_users", "target": "config.targets.{name}.users"}
+"""The key of agent.toml with further users, after what the braces of the path stand for."""
+
+
 @dataclass(frozen=True)
 class Route:
-    """A method and path, who may use it, and what answers it."""
+    """A method and path, who may use it, and what answers it.
+
+    `whole`: those who have this access too get the reply as it is; for the others secrets are left out of it, as of any.
+    """
 
     method: Literal["GET", "POST"]
     path: str
-    access: Literal["read", "write", "lock"]
+    access: Access
     handler: Callable[[Agent, Request], Awaitable[Reply]]
+    whole: Access | None = None
+
+
+def users_key(access: Access, values: Mapping[str, str]) -> str:
+    """The key of agent.toml that names further users with this access; empty where there is none."""
+    return USERS.get(access, "").format(**values)
 
 
 async def _status(agent: Agent, _: Request) -> Reply:
@@ -233,8 +263,8 @@ def _fields(body: bytes, types: Mapping[str, type | tuple[type, ...]], hint: str
     for key, value in found.items():
         if key not in types:
             raise RefusedError("bad_request", f"there is no key {key!r:.40}", hint)
-        if not isinstance(value, types[key]) or isinstance(value, bool):
-            kind = "a text" if types[key] is str else "a number"
+        if not isinstance(value, types[key]) or (isinstance(value, bool) and types[key] is not bool):
+            kind = "a text" if types[key] is str else "true or false" if types[key] is bool else "a number"
             raise RefusedError("bad_request", f"{key} must be {kind}", hint)
     return found
 
@@ -248,6 +278,31 @@ async def _explain(agent: Agent, request: Request) -> Reply:
     if not key:
         raise RefusedError("bad_request", "the query needs key=, such as key=telemetry.interval_s")
     return agent.explain(key)
+
+
+CONFIRM_HINT = 'send {"digest": "…", "accepted": true}, or {"digest": "…", "accepted": false, "message": "why not"}'
+
+
+async def _config_targets(agent: Agent, _: Request) -> Reply:
+    return {"targets": agent.config_targets()}
+
+
+async def _config_target(agent: Agent, request: Request) -> Reply:
+    return agent.config_target(request.path["name"])
+
+
+async def _follow_config_target(agent: Agent, request: Request) -> Reply:
+    return agent.follow_config_target(request.path["name"])
+
+
+async def _confirm_config_target(agent: Agent, request: Request) -> Reply:
+    said = _fields(request.body, {"digest": str, "accepted": bool, "message": str}, CONFIRM_HINT)
+    for key in ("digest", "accepted"):
+        if key not in said:
+            raise RefusedError("bad_request", f"{key} is missing", CONFIRM_HINT)
+    name = request.path["name"]
+    agent.confirm_config_target(name, said["digest"], accepted=said["accepted"], message=said.get("message", ""))
+    return {"target": name, **agent.config_targets()[name]}
 
 
 async def _capture(agent: Agent, _: Request) -> Reply:
@@ -285,6 +340,10 @@ ROUTES = (
     Route("POST", "/v1/jobs/{id}/cancel", "write", _cancel_job),
     Route("GET", "/v1/config", "read", _config),
     Route("GET", "/v1/config/explain", "read", _explain),
+    Route("GET", "/v1/config/targets", "read", _config_targets),
+    Route("GET", "/v1/config/targets/{name}", "read", _config_target, whole="target"),
+    Route("GET", "/v1/config/targets/{name}/follow", "read", _follow_config_target, whole="target"),
+    Route("POST", "/v1/config/targets/{name}/confirm", "target", _confirm_config_target, whole="target"),
     Route("GET", "/v1/updates", "read", _updates),
     Route("POST", "/v1/updates/{target}/rollback", "write", _roll_back),
     Route("GET", "/v1/updates/lock", "read", _locks),

@@ -12,8 +12,9 @@ import json
 import math
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from agent.api import routes, sockets
@@ -36,22 +37,36 @@ SEND_TIMEOUT_S = 10.0
 """For a client to read an answer, or one line of a stream."""
 CHECK_EVERY_S = 10.0
 
+Show = Callable[[routes.Json], routes.Json]
+"""What of a reply is shown; `dict` is all of it."""
+
 
 class Server:
     """The API of `agent` on `socket_file`: `open`, then `run` until cancelled; `run` removes the socket at its end.
 
-    `lock_users` are the names of those who may use what has access `lock`, besides those who may write.
+    `lock_users` are the names of those who may use what has access `lock`, besides those who may write; `target_users`, by
+    the target's name, of those who may use what has access `target`.
     """
 
-    def __init__(self, agent: routes.Agent, socket_file: Path, lock_users: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        agent: routes.Agent,
+        socket_file: Path,
+        lock_users: Collection[str] = (),
+        target_users: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> None:
         self._agent = agent
         self._path = socket_file
-        self._lock_users = frozenset(lock_users)
+        self._named = {routes.users_key("target", {"name": name}): frozenset(us) for name, us in target_users.items()}
+        """Users by the key of agent.toml that names them."""
+        self._named[routes.users_key("lock", {})] = frozenset(lock_users)
         self._listener: sockets.Listener | None = None
         self._http: web.Server | None = None
         self._protocol: Callable[[], asyncio.Protocol]
         self._users: dict[asyncio.BaseProtocol, sockets.Peer] = {}
         """The open connections."""
+        self._streams: set[asyncio.Timeout] = set()
+        """What ends each stream that is being sent."""
 
     async def open(self) -> None:
         """Listen. A killed daemon's socket file is replaced. Raises AgentError when a live one has it or it can't be made."""
@@ -130,6 +145,8 @@ class Server:
         self._listener.socket.close()
         if self._http:
             self._http.pre_shutdown()
+            for stream in self._streams:
+                stream.reschedule(asyncio.get_running_loop().time())
             await self._http.shutdown(timeout=1.0)
 
     def _http_server(self) -> tuple[web.Server, Callable[[], asyncio.Protocol]]:
@@ -220,20 +237,56 @@ class Server:
             raise RefusedError("no_such_path", f"there is no {request.path}")
         peer = _peer(request)
         admin, user = self._may_write(peer), str(peer.uid)
-        if route.access != "read":
+        if route.access != "read" or route.whole:
             user = await asyncio.to_thread(sockets.user_name, peer.uid)
-            if not admin and not (route.access == "lock" and user in self._lock_users):
-                return _forbidden(route, peer)
+        if route.access != "read" and not (admin or self._names(user, route.access, values)):
+            return _forbidden(routes.users_key(route.access, values), peer)
         body = await _read_body(request)
         if route.access != "read":
             log.info("request", method=request.method, path=request.path, actor=f"local:{user}", pid=peer.pid)
         asked = routes.Request(values, dict(request.query), f"local:{user}", body, admin)
         reply = await route.handler(self._agent, asked)
+        show: Show = _presentable
+        if route.whole:
+            show = dict if admin or self._names(user, route.whole, values) else _marked
         if isinstance(reply, dict):
-            return _json(200, reply)
+            return _json(200, reply, show)
         if isinstance(reply, routes.Text):
             return _text(reply)
-        return await _send_lines(request, reply)
+        return await self._send_lines(request, reply, show)
+
+    async def _send_lines(
+        self, request: web.BaseRequest, lines: AsyncIterator[routes.Json], show: Show
+    ) -> web.StreamResponse:
+        """Send a line for each object, until there are no more, the client doesn't read them, or the server ends."""
+        from aiohttp import web
+
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        stream = asyncio.timeout(None)
+        try:
+            async with stream:
+                self._streams.add(stream)
+                if request.method != "HEAD":
+                    async for line in lines:
+                        async with asyncio.timeout(SEND_TIMEOUT_S):
+                            await response.write(_encode(line, show) + b"\n")
+        except TimeoutError:
+            if not stream.expired():
+                log.warning("a client does not read its stream", path=request.path)
+                _abort(request)
+                return response
+        finally:
+            self._streams.discard(stream)
+            close = getattr(lines, "aclose", None)
+            if close:
+                await close()
+        await response.write_eof()
+        return response
+
+    def _names(self, user: str, access: routes.Access, values: Mapping[str, str]) -> bool:
+        """Whether agent.toml gives this user the access to what the path stands for."""
+        return user in self._named.get(routes.users_key(access, values), ())
 
     def _may_write(self, peer: sockets.Peer) -> bool:
         admins = self._listener.admins if self._listener else None
@@ -247,10 +300,10 @@ def _peer(request: web.BaseRequest) -> sockets.Peer:
     return sockets.peer_of(connection)
 
 
-def _forbidden(route: routes.Route, peer: sockets.Peer) -> web.Response:
+def _forbidden(users_key: str, peer: sockets.Peer) -> web.Response:
     hint = f"use sudo, or become a member of the group {sockets.ADMINS}"
-    if route.access == "lock":
-        hint += ", or let updates.apply_lock_users of agent.toml name the user"
+    if users_key:
+        hint += f", or let {users_key:.80} of agent.toml name the user"
     return _error(403, "forbidden", f"uid {peer.uid} may look but not change anything", hint)
 
 
@@ -282,28 +335,6 @@ async def _read_body(request: web.BaseRequest) -> bytes:
     return bytes(body)
 
 
-async def _send_lines(request: web.BaseRequest, lines: AsyncIterator[routes.Json]) -> web.StreamResponse:
-    from aiohttp import web
-
-    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
-    await response.prepare(request)
-    try:
-        if request.method != "HEAD":
-            async for line in lines:
-                async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await response.write(_encode(line) + b"\n")
-    except TimeoutError:
-        log.warning("a client does not read its stream", path=request.path)
-        _abort(request)
-        return response
-    finally:
-        close = getattr(lines, "aclose", None)
-        if close:
-            await close()
-    await response.write_eof()
-    return response
-
-
 STATUSES = {"bad_request": 400, "forbidden": 403, "body_too_slow": 408, "body_too_large": 413, "bad_encoding": 415}
 
 
@@ -313,12 +344,12 @@ def _status_of(error: RefusedError) -> int:
     return STATUSES.get(error.code, 409)
 
 
-def _json(status: int, document: routes.Json) -> web.Response:
+def _json(status: int, document: routes.Json, show: Show | None = None) -> web.Response:
     from aiohttp import web
 
     return web.Response(
         status=status,
-        body=_encode(document),
+        body=_encode(document, show),
         headers={"Content-Type": "application/json", "Cache-Control": "no-store"},
     )
 
@@ -333,10 +364,16 @@ def _error(status: int, code: str, message: str, hint: str = "") -> web.Response
     return _json(status, {"error": {"code": code, "message": message, "hint": hint}})
 
 
-def _encode(document: routes.Json) -> bytes:
+def _encode(document: routes.Json, show: Show | None = None) -> bytes:
     """JSON in UTF-8; halves of surrogate pairs, as in file names that are not UTF-8, become JSON's own escapes."""
-    text = json.dumps({"schema": SCHEMA, **_presentable(document)}, default=str, ensure_ascii=False)
+    text = json.dumps({"schema": SCHEMA, **(show or _presentable)(document)}, default=str, ensure_ascii=False)
     return text.encode(errors="backslashreplace")
+
+
+def _marked(document: routes.Json) -> routes.Json:
+    """`document` without secrets, saying so with `redacted` where there were some."""
+    shown: routes.Json = _presentable(document)
+    return shown if shown == document else {**shown, "redacted": True}
 
 
 def _presentable(value: Any) -> Any:

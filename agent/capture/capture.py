@@ -69,20 +69,25 @@ class _Source:
         self._last: tuple[float, str] | None = None
         self._ticked = self._turned = now
 
-    def configure(self, interval_s: float, settings: CaptureSettings) -> None:
-        self.interval_s = self.window.interval_s = interval_s
-        self.alarms.configure(interval_s, settings)
+    def configure(self, source: CaptureSource, settings: CaptureSettings) -> None:
+        self.interval_s = self.window.interval_s = source.interval_s
+        self._pattern = source.pattern
+        self.alarms.configure(source.interval_s, settings)
         self.governor.set_budget(settings.budget_pct)
 
     async def follow(self) -> None:
-        """Watch until cancelled."""
+        """Watch until cancelled, anew when another pattern is set."""
+        while True:
+            await self._follow(self._pattern)
+
+    async def _follow(self, pattern: str) -> None:
         poll_s = min(max(self.interval_s / 2, 1.0), 5.0)
-        folder = FolderSource(self._directory, self._pattern, poll_s=poll_s)
+        folder = FolderSource(self._directory, pattern, poll_s=poll_s)
         self._overflows = 0
         self._ticked = time.monotonic()
         ticks = asyncio.create_task(self._keep_ticking(folder), name=f"alarms of {self.name}")
         try:
-            while True:
+            while self._pattern == pattern:
                 timeout_s = TICK_S
                 if self._newest:
                     timeout_s = min(TICK_S, self.governor.wait_s(time.monotonic()))
@@ -325,11 +330,11 @@ class Capture:
                 source.history.forget(self._changed_at, self._compared_at + GOING_BACK_S)
 
     def reconfigure(self, settings: CaptureSettings) -> None:
-        """Take other thresholds, another budget and other intervals at once; folders stay as they are until a restart."""
+        """Take other thresholds, another budget, other intervals and patterns; which folders there are stays until a restart."""
         self._settings = settings
         for name, source in self._sources.items():
-            wanted = settings.sources.get(name)
-            source.configure(wanted.interval_s if wanted else source.interval_s, settings)
+            if wanted := settings.sources.get(name):
+                source.configure(wanted, settings)
 
     def close_window(self) -> dict[str, dict[str, Any]]:
         """Per source the report of the window that ends now (see `Window.close`)."""

@@ -19,6 +19,7 @@ from awscrt import http, io, mqtt5
 from awscrt.exceptions import AwsCrtError
 
 from agent.cloud import identity
+from agent.cloud.fallback import proxy_address
 from agent.cloud.offline import PUBLISH_UNANSWERED, Facts, Failure
 from agent.errors import CloudError
 from agent.host.clock import clock_synchronised
@@ -58,7 +59,12 @@ class Options:
     will: tuple[str, bytes] | None
 
 
-_abandoned: set[int] = set()
+_abandoned: set[asyncio.Event] = set()
+
+
+def abandoned() -> int:
+    """How many native clients have been let go of and have not ended yet."""
+    return len(_abandoned)
 
 
 class Connection:
@@ -68,7 +74,9 @@ class Connection:
         self._loop = loop
         self.opened: asyncio.Future[bool] = loop.create_future()
         self.ended: asyncio.Future[Failure] = loop.create_future()
+        self._started = False
         self._stopped = asyncio.Event()
+        self._attempted = self._stopped_natively = False
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._pending: set[asyncio.Future[Any]] = set()
         self._over = False
@@ -97,13 +105,18 @@ class Connection:
 
     def start(self) -> None:
         """Send the CONNECT."""
+        self._started = True
         self._client.start()
 
     async def close(self) -> None:
         """End with a DISCONNECT, so that the will is not sent, and let go of the client; takes at most 10 s.
 
-        A failed TLS handshake keeps the client busy for up to 30 s; nobody needs to wait for that.
+        A failed TLS handshake keeps the client busy for up to 30 s; nobody needs to wait for that. One that is stopped
+        before it has begun never tells its end.
         """
+        if not self._started:
+            self._client = None
+            return
         self._client.stop(mqtt5.DisconnectPacket())
         limit = STOP_TIMEOUT_S if self.opened.done() else ABANDON_TIMEOUT_S
         try:
@@ -111,7 +124,10 @@ class Connection:
                 await self._stopped.wait()
         except TimeoutError:
             log.debug("the MQTT client did not stop in time", timeout_s=limit)
-            _abandoned.add(id(self._stopped))
+            if self._attempted:
+                _abandoned.add(self._stopped)
+            if self._stopped_natively:  # just now, on its own thread
+                _abandoned.discard(self._stopped)
         finally:
             self._client = None
         if len(_abandoned) > MAX_ABANDONED:
@@ -197,6 +213,10 @@ class Connection:
         else:
             outcome.set_result(operation.result())
 
+    def on_attempt(self, _: Any) -> None:
+        """Native thread: it begins to connect."""
+        self._attempted = True
+
     def on_up(self, data: Any) -> None:
         """Native thread: CONNACK with success."""
         self.hand_over(_resolve, self.opened, bool(data.negotiated_settings.rejoined_session))
@@ -215,7 +235,8 @@ class Connection:
 
     def on_stopped(self, _: Any) -> None:
         """Native thread: nothing will happen any more."""
-        _abandoned.discard(id(self._stopped))
+        self._stopped_natively = True
+        _abandoned.discard(self._stopped)
         self.hand_over(self._stopped.set)
 
     def _end(self, failure: Failure) -> None:
@@ -345,6 +366,7 @@ def _client_options(
         connack_timeout_ms=20_000,
         ack_timeout_sec=ACK_TIMEOUT_S,
         on_publish_callback_fn=on_publish,
+        on_lifecycle_event_attempting_connect_fn=connection.on_attempt,
         on_lifecycle_event_stopped_fn=connection.on_stopped,
         on_lifecycle_event_connection_success_fn=connection.on_up,
         on_lifecycle_event_connection_failure_fn=connection.on_refused,
@@ -367,6 +389,6 @@ def facts_of(options: Options, certificate_id: str, now: float) -> Facts:
         certificate_from=starts,
         certificate_until=until,
         clock_synchronised=clock_synchronised(),
-        proxy=urlsplit(options.cloud.proxy_url).netloc.rpartition("@")[2],
+        proxy=proxy_address(options.cloud.proxy_url),
         now=now,
     )

@@ -77,6 +77,8 @@ class Link:
     """Successful CONNECTs of this process."""
     since_monotonic: float = 0.0
     """`since` on the monotonic clock, which nobody sets."""
+    via: str = ""
+    """Port and proxy, without credentials, of the connection or of the last attempt at one."""
 
 
 @dataclass(frozen=True)

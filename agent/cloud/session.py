@@ -11,34 +11,32 @@ import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agent.cloud import proxy, topics
 from agent.cloud.announcement import Announce, Announcement
 from agent.cloud.connection import Connection, Options, facts_of, lost
+from agent.cloud.fallback import Route, way
 from agent.cloud.offline import (
     REFUSED,
     SUBSCRIBE_UNANSWERED,
     Diagnosis,
     Failure,
-    History,
     Link,
     Pace,
-    blames_a_message,
     diagnose,
     messages_held,
     publish_refused,
     subscriptions_refused,
-    wait_s,
 )
+from agent.cloud.outgoing import Outgoing
+from agent.cloud.pacing import Pacing, cancel, first_of
 from agent.cloud.replies import Rejected, Replies
+from agent.cloud.status import Status
 from agent.cloud.subscriptions import Handler, Subscriptions
-from agent.cloud.suspects import Suspects
 from agent.errors import CloudError
-from agent.host import clock
 from agent.logs import get_logger
 from agent.settings import Cloud
 
@@ -57,6 +55,9 @@ class Session:
 
     `announce(nonce, alive)` gives topic and payload of the last will (alive False) and of the birth message, which is
     published once per connection when all subscriptions are answered; both carry the nonce of their connection.
+
+    `own` are agent.toml's own settings (default: `cloud`), by which the camera also tries to connect once others have not
+    worked for six hours; `unreached_s` is what the property of this name said at the end of the process before.
     """
 
     def __init__(
@@ -68,33 +69,48 @@ class Session:
         private_key_file: Path,
         announce: Announce | None = None,
         pace: Pace | None = None,
+        own: Cloud | None = None,
+        unreached_s: float = 0.0,
     ) -> None:
         self._client_id = client_id
-        self._cloud = cloud
+        self._route = Route(cloud, own or cloud, unreached_s)
+        self._used = cloud
         self._certificate_file = certificate_file
         self._private_key_file = private_key_file
         self._announce = announce
         self._announcement = Announcement(announce)
-        self._pace = pace or Pace()
+        self._pacing = Pacing(pace or Pace())
         self._subscriptions = Subscriptions()
         self._on_ready: list[Callable[[], Awaitable[None]]] = []
-        self._on_link: list[Callable[[Link], None]] = []
-        self._suspects = Suspects()
+        self._outgoing = Outgoing()
         self._replies = Replies()
         self._options: Options
         self._connection: Connection | None = None
         self._certificate_id = ""
-        self._history = History()
-        self._connect_at = float("-inf")
-        self._link = Link(since=time.time(), since_monotonic=time.monotonic())
+        self._status = Status()
         self._ready = asyncio.Event()
         self._ready_since: float | None = None
-        self._restart = asyncio.Event()
+        self._moved = asyncio.Event()
 
     @property
     def link(self) -> Link:
         """The present state."""
-        return self._link
+        return self._status.link
+
+    @property
+    def cloud(self) -> Cloud:
+        """The settings of the present connection, or of the last attempt at one."""
+        return self._used
+
+    @property
+    def fallback(self) -> str:
+        """That the camera goes by agent.toml's own settings, or tries them in turns, and why; normally empty."""
+        return told.reason if (told := self._route.told(time.monotonic())) else ""
+
+    @property
+    def unreached_s(self) -> float:
+        """For how many seconds the cloud has not been reached by the settings in force, to be kept for the next process."""
+        return self._route.unreached_s(time.monotonic())
 
     @property
     def certificate_id(self) -> str:
@@ -103,7 +119,7 @@ class Session:
 
     def on_link(self, callback: Callable[[Link], None]) -> None:
         """Call `callback` on the event loop with every new state; it must not block."""
-        self._on_link.append(callback)
+        self._status.listen(callback)
 
     def on_ready(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call `callback` after every connect, once all declared subscriptions are answered, one after the other.
@@ -132,20 +148,41 @@ class Session:
         """Return as soon as there is a connection and every declared subscription is answered."""
         await self._ready.wait()
 
-    async def restart_with(self, cloud: Cloud) -> None:
-        """Leave the present connection cleanly and connect with other settings; returns at once.
+    def connected_with(self, cloud: Cloud) -> bool:
+        """Whether there is a usable connection at this moment, and it was made with exactly these settings."""
+        return self._connection is not None and self.link.state == "connected" and self._used == cloud
 
-        Whether it worked is told by wait_connected() and `link`. Certificate files named in `cloud` replace ours.
+    async def restart_with(self, cloud: Cloud) -> None:
+        """Leave the present connection or attempt cleanly and connect with other settings at once; does not wait for that.
+
+        What is in flight fails now (`connection_ended`, `connection_lost`, both retryable). What is begun from now on goes
+        over the new connection only, so its answer proves the new settings. No message for the camera is lost. CONNECTs
+        stay a second apart. Settings that are asked for already change nothing: no reconnect; while run() does not run they
+        are only taken. Certificate files named in `cloud` replace ours.
         """
-        self._cloud = cloud
+        if cloud != self._route.cloud:
+            await self._move(cloud)
+
+    async def reconnect(self) -> None:
+        """The same with the settings as they are, for when the network behind them has changed."""
+        await self._move(self._route.cloud)
+
+    async def _move(self, cloud: Cloud) -> None:
+        self._route = self._route.to(cloud)
         self._certificate_file = cloud.certificate_file or self._certificate_file
         self._private_key_file = cloud.private_key_file or self._private_key_file
         self._announcement = Announcement(self._announce)
+        self._pacing.forget()
+        self._outgoing.forget()
+        if self.link.state == "stopped":
+            return
+        self._moved.set()
+        if self._connection:
+            self._connection.fail()
+        self._replies.fail(lost)
+        self._unusable()
         self._subscriptions.forget()
-        self._ready.clear()
-        if self._link.state != "stopped":
-            self._set_link("connecting")
-        self._restart.set()
+        self._status.set("connecting", code="", reason="", hint="", via=way(cloud))
 
     async def publish(self, topic: str, payload: bytes, *, timeout_s: float = 60) -> None:
         """Send with QoS 1; returns once AWS IoT has taken it.
@@ -156,29 +193,14 @@ class Session:
         `topic_not_valid`, `packet_too_large` (not sent) or the reason of the refusal, such as `not_authorised`.
         """
         topics.check_message(topic, len(payload))
-        connection, connects = self._connection, self._link.connects
-        if connection is None:
-            raise self._offline_error()
-        held_s = self._suspects.wait_s(topic, time.monotonic())
-        if held_s:
-            held = messages_held([topic], self._certificate_id)
-            raise CloudError(held.code, f"{held.reason}, next in {held_s:.0f} s", held.hint, retryable=True)
-        try:
-            async with asyncio.timeout(timeout_s):
-                code = await connection.publish(topic, payload)
-        except TimeoutError:
-            raise CloudError(
-                "no_answer", f"AWS IoT did not acknowledge a message to {topic} within {timeout_s:g} s", retryable=True
-            ) from None
-        except CloudError as error:
-            if error.code != "connection_lost":
-                raise
-            if not (connection.ended.done() and blames_a_message(connection.ended.result())):
-                raise CloudError("connection_ended", error.message, retryable=True) from None
-            self._suspects.lost(topic, connects, time.monotonic())
-            raise
-        if self._suspects.answered(topic):
-            self._set_link(self._link.state, **self._degraded())
+        if (connection := self._connection) is None:
+            reason = f": {self.link.reason}" if self.link.reason else ""
+            raise CloudError("offline", f"there is no connection to AWS IoT{reason}", self.link.hint, retryable=True)
+        code, was_held = await self._outgoing.send(
+            connection, self.link.connects, topic, payload, timeout_s, self._certificate_id
+        )
+        if was_held and self.link.state == "connected":
+            self._status.note(**self._degraded())
         if code >= REFUSED:
             raise publish_refused(topic, code, self._certificate_id)
 
@@ -193,57 +215,63 @@ class Session:
         try:
             return await self._replies.ask(publish, topic, body, timeout_s)
         except TimeoutError:
-            raise self._unanswered(topic, timeout_s) from None
+            raise self._subscriptions.unanswered(topic, timeout_s, self._certificate_id) from None
 
     async def run(self) -> None:
         """Stay connected until cancelled, then disconnect cleanly.
 
         Raises CloudError when the first attempt can't even begin: no endpoint, unreadable or unusable files.
         """
-        if not self._cloud.endpoint:
+        if not self._route.cloud.endpoint:
             raise CloudError(
                 "not_configured", "cloud.endpoint is not set", "set it in agent.toml to the account's endpoint"
             )
-        self._set_link("connecting")
+        self._status.set("connecting")
         first = True
         try:
             while True:
-                await self._await_turn()
-                self._restart.clear()
-                try:
-                    connection = await self._open()
-                except CloudError as error:
-                    if first:
-                        self._set_link("stopped", code=error.code, reason=error.message, hint=error.hint)
-                        raise
-                    self._history = replace(self._history, attempts=self._history.attempts + 1)
-                    await self._hold_off(Diagnosis(error.code, error.message, error.hint))
-                    continue
+                await self._pacing.await_turn()
+                self._moved.clear()
+                diagnosis = await self._attempt(first=first)
+                if diagnosis and not self._moved.is_set():
+                    await self._hold_off(diagnosis)
                 first = False
-                began = time.time()
-                failure, lasted_s = await self._try(connection)
-                if failure is None:
-                    self._history = History()
-                    continue
-                self._history = self._history.after(failure, time.monotonic(), lasted_s, self._pace)
-                # A refused handshake is told half a minute late; the clock may have been set right meanwhile.
-                at = time.time() if failure.was_connected else began
-                facts = await asyncio.to_thread(facts_of, self._options, self._certificate_id, at)
-                await self._hold_off(diagnose(failure, self._history, facts))
         finally:
-            if self._link.state != "stopped":
-                self._set_link("stopped", reason="the agent was stopped")
+            if self.link.state != "stopped":
+                self._status.set("stopped", reason="the agent was stopped")
 
-    async def _await_turn(self) -> None:
-        """At most one CONNECT a second, whatever asks for it."""
-        remaining = self._connect_at + self._pace.between_connects_s - time.monotonic()
-        if remaining > 0:
-            await asyncio.sleep(remaining)
-        self._connect_at = time.monotonic()
+    async def _attempt(self, *, first: bool) -> Diagnosis | None:
+        """Connect and serve until the connection ends; why it did, None when other settings were asked for."""
+        try:
+            connection = await self._open()
+        except CloudError as error:
+            if first:
+                self._status.set("stopped", code=error.code, reason=error.message, hint=error.hint)
+                raise
+            self._pacing.not_begun()
+            return Diagnosis(error.code, error.message, error.hint)
+        began = time.time()
+        failure, lasted_s = await self._try(connection)
+        if failure is None or self._moved.is_set():
+            return None
+        self._announcement.ended(failure)
+        self._pacing.failed(failure, lasted_s)
+        # A refused handshake is told half a minute late; the clock may have been set right meanwhile.
+        at = time.time() if failure.was_connected else began
+        facts = await asyncio.to_thread(facts_of, self._options, self._certificate_id, at)
+        return diagnose(failure, self._pacing.history, facts)
 
     async def _open(self) -> Connection:
+        cloud = self._route.choose(time.monotonic())
+        if cloud != self._used:
+            if cloud != self._route.cloud:
+                log.warning("agent.toml's own settings are tried", reason=self.fallback, via=way(cloud))
+            self._pacing.forget()
+            self._announcement = Announcement(self._announce)
+        self._used = cloud
+        self._status.note(via=way(cloud))
         will = self._announcement.will()
-        self._options = Options(self._client_id, self._cloud, self._certificate_file, self._private_key_file, will)
+        self._options = Options(self._client_id, cloud, self._certificate_file, self._private_key_file, will)
         connection, self._certificate_id = await asyncio.to_thread(
             Connection.prepare, self._options, self._subscriptions.dispatch, asyncio.get_running_loop()
         )
@@ -251,35 +279,43 @@ class Session:
 
     async def _try(self, connection: Connection) -> tuple[Failure | None, float]:
         """As _use(), unless there is a proxy that opens no way."""
-        cloud = self._cloud
-        refusal = await proxy.refusal(cloud.proxy_url, cloud.endpoint, cloud.port) if cloud.proxy_url else None
-        if refusal:
+        refusal = await self._refusal(self._used) if self._used.proxy_url else None
+        if refusal or self._moved.is_set():
             await connection.close()
             return refusal, 0.0
-        failure, lasted_s = await self._use(connection)
-        if failure:
-            self._announcement.ended(failure)
-        return failure, lasted_s
+        return await self._use(connection)
+
+    async def _refusal(self, cloud: Cloud) -> Failure | None:
+        """Why the proxy opens no way; None as well when other settings are asked for meanwhile."""
+        asking = asyncio.create_task(proxy.refusal(cloud.proxy_url, cloud.endpoint, cloud.port))
+        moved = asyncio.create_task(self._moved.wait())
+        try:
+            await first_of(asking, moved)
+            return asking.result() if asking.done() else None
+        finally:
+            await cancel(asking, moved)
 
     async def _use(self, connection: Connection) -> tuple[Failure | None, float]:
-        """Connect, and serve until the connection ends; why (None: a restart was asked for) and how long it stood."""
-        restart = asyncio.create_task(self._restart.wait())
+        """Connect, and serve until the connection ends; why (None: it was left) and how long it stood."""
+        moved = asyncio.create_task(self._moved.wait())
         ready: asyncio.Task[None] | None = None
-        tasks: list[asyncio.Task[Any]] = [restart]
+        tasks: list[asyncio.Task[Any]] = [moved]
         connection.ended.add_done_callback(lambda _: self._unusable() if self._connection is connection else None)
         try:
             connection.start()
-            await _first_of(connection.opened, connection.ended, restart, timeout_s=CONNECT_TIMEOUT_S)
-            self._connect_at = time.monotonic()  # by now the CONNECT has arrived, if it was sent at all
-            if connection.opened.done() and not connection.ended.done():
+            await first_of(connection.opened, connection.ended, moved, timeout_s=CONNECT_TIMEOUT_S)
+            if self._moved.is_set():  # awscrt would send the DISCONNECT before the CONNACK
+                await first_of(connection.opened, connection.ended, timeout_s=self._pacing.pace.between_connects_s)
+            self._pacing.sent()  # by now the CONNECT has arrived, if it went at all
+            if connection.opened.done() and not connection.ended.done() and not self._moved.is_set():
                 self._connection = connection
                 ready = asyncio.create_task(self._serve(connection, rejoined=connection.opened.result()))
-                tasks += [ready, asyncio.create_task(self._publish_birth())]
-                await _first_of(connection.ended, restart, ready)
+                tasks += [ready, asyncio.create_task(self._publish_birth(self._announcement))]
+                await first_of(connection.ended, moved, ready)
+            if self._moved.is_set():
+                return None, self._served_s()
             if connection.ended.done():
                 return connection.ended.result(), self._served_s()
-            if restart.done():
-                return None, self._served_s()
             if not ready:
                 return Failure("CONNECT_UNANSWERED"), 0.0
             error = None if ready.cancelled() else ready.exception()
@@ -288,6 +324,7 @@ class Session:
         finally:
             self._unusable()
             self._ready_since = None
+            self._route.lost(time.monotonic())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -304,18 +341,21 @@ class Session:
         self._ready.clear()
 
     async def _serve(self, connection: Connection, *, rejoined: bool) -> None:
-        """Make missing subscriptions whenever there are some and tell that all is ready; ends by an exception only."""
+        """Make missing subscriptions whenever there are some and tell that all is ready, until the connection is over."""
         subscriptions = self._subscriptions
         if not rejoined:
             subscriptions.forget()
         subscriptions.refused.clear()
         self._announcement.connected()
-        self._set_link("connecting", session_present=rejoined, connects=self._link.connects + 1)
-        log.info("connected", endpoint=self._cloud.endpoint, port=self._cloud.port, session_present=rejoined)
+        self._status.set("connecting", session_present=rejoined, connects=self.link.connects + 1)
+        log.info("connected", endpoint=self._used.endpoint, via=way(self._used), session_present=rejoined)
         first, again_s = True, SUBSCRIBE_AGAIN_S[0]
         while True:
             accepted_after_all = await subscriptions.make(connection.subscribe)
-            self._set_link("connected", **self._degraded())
+            if self._connection is not connection:
+                return  # the answer came, and then other settings were asked for
+            self._route.reached(self._used)
+            self._status.set("connected", **self._degraded())
             if not subscriptions.declared.is_set():
                 self._ready.set()
                 self._ready_since = self._ready_since or time.monotonic()
@@ -330,13 +370,15 @@ class Session:
 
     def _degraded(self) -> dict[str, str]:
         """What does not work although there is a connection, for the link."""
-        if held := self._suspects.held(time.monotonic()):
+        if held := self._outgoing.held():
             return vars(messages_held(held, self._certificate_id))
-        return vars(subscriptions_refused(self._subscriptions.refused, self._certificate_id))
+        if self._subscriptions.refused:
+            return vars(subscriptions_refused(self._subscriptions.refused, self._certificate_id))
+        return vars(self._route.told(time.monotonic()) or Diagnosis("", "", ""))
 
-    async def _publish_birth(self) -> None:
+    async def _publish_birth(self, announcement: Announcement) -> None:
         await self._ready.wait()
-        await self._announcement.publish_birth(self.publish)
+        await announcement.publish_birth(self.publish)
 
     async def _call_ready(self) -> None:
         for callback in self._on_ready:
@@ -348,57 +390,17 @@ class Session:
                 log.exception("work after the connect failed")
 
     async def _hold_off(self, diagnosis: Diagnosis) -> None:
-        wait = wait_s(diagnosis, self._history, self._pace, random.random())  # noqa: S311
-        self._set_link("offline", code=diagnosis.code, reason=diagnosis.reason, hint=diagnosis.hint)
+        wait = min(self._pacing.wait_s(diagnosis), self._route.left_s(time.monotonic()))
+        reason = "; ".join(filter(None, (diagnosis.reason, self.fallback)))
+        self._status.set("offline", code=diagnosis.code, reason=reason, hint=diagnosis.hint)
         log.warning(
             "off-line",
             code=diagnosis.code,
-            reason=diagnosis.reason,
+            reason=reason,
             hint=diagnosis.hint,
-            endpoint=f"{self._cloud.endpoint}:{self._cloud.port}",
+            endpoint=f"{self._used.endpoint}:{self._used.port}",
+            via=way(self._used),
             certificate_id=self._certificate_id,
             next_s=round(wait, 1),
         )
-        restart = asyncio.create_task(self._restart.wait())
-        clock_set = asyncio.create_task(clock.jump()) if diagnosis.code in ("clock", "tls", "certificate") else restart
-        try:
-            await _first_of(restart, clock_set, timeout_s=wait)
-            if restart.done():
-                self._history = History()
-        finally:
-            for task in (restart, clock_set):
-                task.cancel()
-            await asyncio.wait({restart, clock_set})
-
-    def _set_link(self, state: Literal["connected", "connecting", "offline", "stopped"], **changes: Any) -> None:
-        goes_on = (state == "connected") == (self._link.state == "connected")
-        begins = {} if goes_on else {"since": time.time(), "since_monotonic": time.monotonic()}
-        cleared = {} if state == "connecting" and goes_on else {"code": "", "reason": "", "hint": ""}
-        link = replace(self._link, **{**cleared, **begins, **changes}, state=state)
-        if link == self._link:
-            return
-        self._link = link
-        for callback in self._on_link:
-            try:
-                callback(link)
-            except Exception:
-                log.exception("a listener for the connection's state failed")
-
-    def _offline_error(self) -> CloudError:
-        reason = f": {self._link.reason}" if self._link.reason else ""
-        return CloudError("offline", f"there is no connection to AWS IoT{reason}", self._link.hint, retryable=True)
-
-    def _unanswered(self, topic: str, timeout_s: float) -> CloudError:
-        refused = self._subscriptions.refused_for(topics.accepted(topic))
-        if refused:
-            return CloudError(
-                "subscription_refused",
-                f"no answer on {topic}: AWS IoT refused the subscription to {refused}",
-                f"check that the policy of certificate {self._certificate_id} allows iot:Subscribe on it",
-                retryable=True,
-            )
-        return CloudError("no_answer", f"AWS IoT did not answer on {topic} within {timeout_s:g} s", retryable=True)
-
-
-async def _first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None) -> None:
-    await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await self._pacing.hold_off(wait, self._moved, clock_counts=diagnosis.code in ("clock", "tls", "certificate"))

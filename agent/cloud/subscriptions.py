@@ -70,6 +70,18 @@ class Subscriptions:
         """The refused filter that messages on `topic` would have come by; empty when there is none."""
         return next((name for name in self.refused if topics.matches(name, topic)), "")
 
+    def unanswered(self, topic: str, timeout_s: float, certificate_id: str) -> CloudError:
+        """The error for a request on `topic` that was not answered in time."""
+        refused = self.refused_for(topics.accepted(topic))
+        if refused:
+            return CloudError(
+                "subscription_refused",
+                f"no answer on {topic}: AWS IoT refused the subscription to {refused}",
+                f"check that the policy of certificate {certificate_id} allows iot:Subscribe on it",
+                retryable=True,
+            )
+        return CloudError("no_answer", f"AWS IoT did not answer on {topic} within {timeout_s:g} s", retryable=True)
+
     def dispatch(self, topic: str, payload: bytes) -> None:
         """Give a message to every handler that wants it; one that fails keeps it from no other."""
         handlers = [h for pattern, known in self._handlers.items() if topics.matches(pattern, topic) for h in known]

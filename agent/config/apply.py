@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, Literal
 
 from agent.config import targets
+from agent.config.deliveries import Deliveries
 from agent.config.desired import Problem, pointer
+from agent.config.formats import render
 from agent.config.targets import Units
 from agent.errors import AgentError, FailedError
 from agent.logs import get_logger
@@ -13,11 +17,15 @@ from agent.settings import ConfigTarget, Settings
 
 log = get_logger("config")
 
-Files = Mapping[str, bytes | None]
+CONFIRM_BACK_S = 30.0
+"""For a program to confirm what it had before."""
+
+Contents = Mapping[str, bytes | None]
+"""What targets are to have: the content of a file, or for a program that asks the local API the document in JSON."""
 
 
 class Components:
-    """The agent itself, by `apply_agent`, and the files of the configured targets with the units that read them.
+    """The agent itself, by `apply_agent`, and the configured targets: their files with the units that read them, and `deliveries`.
 
     `settings` is what the agent runs with; None while it is not known, because applying it did not end.
     """
@@ -27,35 +35,37 @@ class Components:
         settings: Settings,
         units: Units,
         apply_agent: Callable[[Settings], Awaitable[None]],
+        deliveries: Deliveries,
     ) -> None:
         self.settings: Settings | None = settings
         self.targets: Mapping[str, ConfigTarget] = settings.config.targets
         self._units = units
         self._apply_agent = apply_agent
+        self._deliveries = deliveries
 
-    async def apply(self, settings: Settings, files: Files, touched: set[str]) -> list[Problem]:
-        """All of it in order, up to the first failure; the names of files that may have changed are added to `touched`."""
+    async def apply(self, settings: Settings, contents: Contents, touched: set[str]) -> list[Problem]:
+        """All of it in order, up to the first failure; the names of targets that may have changed are added to `touched`."""
         where = "/agent"
         try:
             await self.put_settings(settings)
-            for name, content in files.items():
+            for name, content in contents.items():
                 where = pointer("targets", name)
                 touched.add(name)
-                await self._put_file(name, content)
+                await self._put(name, content, "trial", settings.config.trial_s)
         except AgentError as error:
             return [Problem(where, error.message, error.code)]
         return []
 
-    async def restore(self, settings: Settings, files: Files) -> list[Problem]:
+    async def restore(self, settings: Settings, contents: Contents) -> list[Problem]:
         """As much of it as can be done; what failed comes back as problems `revert_failed`."""
         failed: list[Problem] = []
         try:
             await self.put_settings(settings)
         except AgentError as error:
             failed.append(Problem("/agent", f"taking it back failed: {error.message}", "revert_failed"))
-        for name, content in files.items():
+        for name, content in contents.items():
             try:
-                await self._put_file(name, content)
+                await self._put(name, content, "applied", CONFIRM_BACK_S)
             except AgentError as error:
                 words = f"taking it back failed: {error.message}"
                 failed.append(Problem(pointer("targets", name), words, "revert_failed"))
@@ -75,14 +85,28 @@ class Components:
             raise FailedError("internal_error", f"a component did not take its new settings: {error}") from error
         self.settings = settings
 
-    async def contents(self, names: Iterable[str]) -> dict[str, bytes | None]:
-        """Each target's file as it is now, None where there is none. Raises FailedError."""
-        return {name: await targets.read(self.targets[name]) for name in names}
+    async def contents(self, names: Iterable[str], documents: Mapping[str, dict[str, Any]]) -> dict[str, bytes | None]:
+        """What each target has now, None where there is nothing; `documents` are in force. Raises FailedError."""
+        found: dict[str, bytes | None] = {}
+        for name in names:
+            if self.targets[name].apply != "api":
+                found[name] = await targets.read(self.targets[name])
+            else:
+                found[name] = render(documents[name], "json") if name in documents else None
+        return found
+
+    def content(self, name: str, document: dict[str, Any]) -> bytes:
+        """`document` as the target is to have it. Raises RefusedError."""
+        return render(document, self.targets[name].format)
+
+    def offer(self, documents: Mapping[str, dict[str, Any]]) -> None:
+        """Tell the programs that ask what is in force now."""
+        for name in self.targets:
+            self._deliveries.offer(name, documents.get(name), "applied")
 
     async def restarts(self, names: Iterable[str]) -> dict[str, int]:
         """How often systemd has restarted the units behind the named targets, by unit. Raises FailedError."""
-        watched = [self.targets[name] for name in names]
-        units = [target.unit for target in watched if target.apply in ("reload", "restart")]
+        units = [target.unit for name in names if (target := self.targets[name]).unit and target.apply != "reboot"]
         return {unit: (await self._units.state(unit)).restarts for unit in units}
 
     async def complaints(self, before: Mapping[str, int]) -> list[str]:
@@ -99,12 +123,21 @@ class Components:
     def remove_leftovers(self) -> None:
         """Remove candidate files that a cut left behind. Blocking."""
         for name, target in self.targets.items():
+            if target.apply == "api":
+                continue
             try:
                 targets.remove_leftovers(target)
             except OSError as error:
                 log.warning("can't remove a left-over candidate file", target=name, reason=str(error))
 
-    async def _put_file(self, name: str, content: bytes | None) -> None:
+    async def _put(
+        self, name: str, content: bytes | None, state: Literal["trial", "applied"], confirm_s: float
+    ) -> None:
         target = self.targets[name]
-        await targets.put(target, content)
-        await targets.activate(target, self._units)
+        if target.apply != "api":
+            await targets.put(target, content)
+            await targets.activate(target, self._units)
+            return
+        self._deliveries.offer(name, None if content is None else json.loads(content), state)
+        if problem := await self._deliveries.confirmed(name, confirm_s):
+            raise FailedError(problem.code, problem.message)

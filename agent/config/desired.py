@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agent import settings as schema
+from agent import setting_keys as schema
 from agent.settings import Remote, Settings
 
 MAX_DEPTH = 8
@@ -75,6 +75,11 @@ class Plan:
         return bool(self.targets) or any(key[0] == "capture" for key in self.keys)
 
     @property
+    def on_trial(self) -> bool:
+        """Whether it has to prove itself at all, and so waits for a maintenance window."""
+        return self.gated or bool(self.applies - {"live"})
+
+    @property
     def connectivity(self) -> bool:
         """Whether the connection could suffer, so that the cloud has to be reached over the new settings."""
         return "connectivity" in self.applies
@@ -94,11 +99,11 @@ def digest(document: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse(document: Any) -> tuple[Desired, list[Problem]]:
+def parse(document: Any, max_bytes: int = MAX_BYTES) -> tuple[Desired, list[Problem]]:
     """The parts of a desired document; with problems, which are about form alone, the parts are empty."""
     if document is None:
         return Desired(), []
-    problems = _malformed(document)
+    problems = _malformed(document, max_bytes)
     if problems:
         return Desired(), problems
     if not isinstance(document, dict):
@@ -141,7 +146,7 @@ def validate(
 
     The contents of targets are judged elsewhere, by their own schema and check command.
     """
-    desired, problems = parse(document)
+    desired, problems = parse(document, 2 * MAX_BYTES)
     if problems:
         return None, problems
     problems = list(_forbidden(desired.agent, site, remote))
@@ -172,8 +177,30 @@ def plan(
         for name in sorted({*before_targets, *wanted})
         if name in candidate.settings.config.targets and digest(before_targets.get(name)) != digest(wanted.get(name))
     )
-    marks = (remote(key) for key in keys)
-    return Plan(keys, targets, frozenset(mark.applies for mark in marks if mark))
+    applies = {mark.applies for mark in (remote(key) for key in keys) if mark}
+    for name in targets:
+        target = candidate.settings.config.targets[name]
+        applies |= {"reboot"} if target.apply == "reboot" else set()
+        applies |= {"connectivity"} if target.connectivity else set()
+    return Plan(keys, targets, frozenset(applies))
+
+
+def words(plan: Plan) -> list[str]:
+    """What carrying out a plan means, step by step."""
+    if not plan.keys and not plan.targets:
+        return ["nothing: it is in force already"]
+    found = []
+    if plan.on_trial:
+        found.append("wait for the maintenance window, and until no update or other configuration is on trial")
+    found += [f"set {'.'.join(key)}" for key in plan.keys]
+    found += [f"give target {name} its new document" for name in plan.targets]
+    if "reboot" in plan.applies:
+        found.append("reboot the camera")
+    if plan.connectivity:
+        found.append("take it back unless the cloud is reached over the new settings")
+    if plan.gated:
+        found.append("take it back when the images get fewer or worse")
+    return found
 
 
 def leaves(tree: Mapping[str, Any], path: KeyPath = ()) -> dict[KeyPath, Any]:
@@ -200,9 +227,10 @@ def remote_leaves(agent: Mapping[str, Any], remote: Marks = schema.remote, path:
 
 def is_table(path: KeyPath) -> bool:
     """Whether `path` names a table of agent.toml, such as `capture`, `capture.sources` or `capture.sources.front`."""
-    return bool(path) and (
-        schema.section_at(path) is not None or (_is_key(path) and schema.section_at((*path, "*")) is not None)
-    )
+    if not path:
+        return False
+    inner = _is_key(path) and schema.section_at((*path, "*")) is not None
+    return inner or schema.section_at(path) is not None or schema.is_open_table(path)
 
 
 def suggestion(path: KeyPath) -> str:
@@ -216,7 +244,7 @@ def _is_key(path: KeyPath) -> bool:
     return section is not None and path[-1] in section.model_fields
 
 
-def _malformed(document: Any) -> list[Problem]:
+def _malformed(document: Any, max_bytes: int) -> list[Problem]:
     """What makes `document` unusable as JSON in a shadow; walks without recursion."""
     stack: list[tuple[KeyPath, Any]] = [((), document)]
     while stack:
@@ -236,8 +264,8 @@ def _malformed(document: Any) -> list[Problem]:
                 return [Problem(pointer(*path), "null inside an array, which a shadow can't hold", "not_json")]
             stack.extend(((*path, str(index)), below) for index, below in enumerate(value))
     size = len(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
-    if size > MAX_BYTES:
-        return [Problem("", f"{size} bytes of JSON, at most {MAX_BYTES} fit a shadow", "too_large")]
+    if size > max_bytes:
+        return [Problem("", f"{size} bytes of JSON, at most {max_bytes} are taken", "too_large")]
     return []
 
 
@@ -278,7 +306,7 @@ def _forbidden(
                 yield from _forbidden(value, site, remote, here)
             else:
                 yield _wrong(where, "is a table of agent.toml; set or remove its keys one by one")
-        elif _is_key(here):
+        elif _is_key(here) or schema.is_open_table(path):
             yield Problem(where, "can't be set remotely: local only, change it in agent.toml", "local_only")
         else:
             yield Problem(where, f"unknown key{suggestion(here)}", "unknown_key")
@@ -332,10 +360,12 @@ def _invalid(key: KeyPath, words: str, agent: Mapping[str, Any]) -> Problem:
 def _coerced(agent: Mapping[str, Any], effective: Mapping[str, Any], remote: Marks) -> Iterator[Problem]:
     """Values of the wrong JSON type that would be taken for another value, such as "60" for 60."""
     for key, value in remote_leaves(agent, remote).items():
+        if value is None:
+            continue
         taken: Any = effective
         for part in key:
             taken = taken[part]
-        if value is not None and (isinstance(value, bool) != isinstance(taken, bool) or value != taken):
+        if isinstance(value, bool) != isinstance(taken, bool) or value != taken:
             where = pointer("agent", *key)
             yield _wrong(where, f"write {json.dumps(taken)} instead of {json.dumps(value):.60}")
 

@@ -1,18 +1,18 @@
-"""Every key's effective value and where it comes from: a default, agent.toml, or a version of the shadow. Pure."""
+"""Every key's effective value and where it comes from: a default, agent.toml, a job, or a version of the shadow. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from agent import settings as schema
+from agent import setting_keys as schema
 from agent.config.desired import KeyPath, Marks, is_table, leaves, pointer, suggestion
-from agent.config.records import InForce
+from agent.config.layers import InForce
 from agent.errors import RefusedError
 from agent.logs import redact
 from agent.settings import Settings
 
-DEFAULT, SITE = "default", "site file"
+DEFAULT, SITE, UNKNOWN = "default", "site file", "the fleet"
 
 
 def effective(
@@ -21,7 +21,8 @@ def effective(
     """Each key in dotted form with `value`, `origin`, `since` (epoch seconds or null) and whether it is `remote`."""
     found = {}
     own = leaves(site)
-    wanted = leaves(in_force.agent)
+    desired = in_force.desired
+    wanted = leaves(desired.agent)
     for path, value in leaves(settings.model_dump(mode="json")).items():
         origin, since = _origin(path, own, wanted, in_force)
         found[".".join(path)] = {
@@ -30,10 +31,10 @@ def effective(
             "since": since,
             "remote": remote(path) is not None,
         }
-    for name, document in in_force.targets.items():
+    for name, document in desired.targets.items():
         for path, value in leaves(document, ("targets", name)).items():
-            version, at = in_force.since[pointer(*path)]
-            found[".".join(path)] = {"value": value, "origin": _shadow(version), "since": at, "remote": True}
+            origin, since = in_force.since(pointer(*path)) or (UNKNOWN, None)
+            found[".".join(path)] = {"value": value, "origin": origin, "since": since, "remote": True}
     return found
 
 
@@ -47,33 +48,48 @@ def explain(
     path = tuple(key.split("."))
     if path[0] == "targets":
         return _explain_target(key, path, settings, in_force)
-    section = schema.section_at(path[:-1])
-    field = section.model_fields.get(path[-1]) if section else None
+    field = None if is_table(path) else schema.field_at(path)
     value, known = _look_up(settings.model_dump(mode="json"), path)
     if is_table(path) and known:
         raise _is_table(key, value)
     if field is None or not known:
         hint = suggestion(path).removeprefix(", ") if all(path) and not is_table(path) else ""
         raise RefusedError("unknown_key", f"{key} is no key of agent.toml", hint or _neighbours(settings, path))
-    origin, since = _origin(path, leaves(site), leaves(in_force.agent), in_force)
+    origin, since = _origin(path, leaves(site), leaves(in_force.desired.agent), in_force)
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    layers = [{"origin": DEFAULT, "value": _shown(default)}]
-    own, in_site = _look_up(site, path)
-    if in_site:
-        layers.insert(0, {"origin": SITE, "value": _shown(own)})
-    overridden = {SITE: layers[1:], DEFAULT: []}.get(origin, layers)
+    if isinstance(default, Mapping) and schema.is_open_table(path[:-1]):
+        default = default.get(path[-1])
+    stack = [*_set_by(path, in_force), *_by_site(path, site), {"origin": DEFAULT, "value": _shown(default)}]
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    mark = remote(path)
     return {
         "key": key,
         "value": _shown(value),
         "origin": origin,
         "since": since,
-        "overrides": overridden,
+        "overrides": [] if origin == DEFAULT else stack[[layer["origin"] for layer in stack].index(origin) + 1 :],
         "default": _shown(default),
         "unit": extra.get("unit"),
-        "remote": remote(path) is not None,
+        "remote": mark is not None,
+        "applies": mark.applies if mark else None,
         "description": field.description or "",
     }
+
+
+def _set_by(path: KeyPath, in_force: InForce) -> list[dict[str, Any]]:
+    """Who of shadow and fleet sets a key of the agent, the one that counts first."""
+    found = []
+    for layer in (in_force.shadow, in_force.fleet):
+        value, known = _look_up(layer.agent, path)
+        if known and value is not None:
+            origin, _ = layer.since.get(pointer("agent", *path)) or (UNKNOWN, 0.0)
+            found.append({"origin": origin, "value": _shown(value)})
+    return found
+
+
+def _by_site(path: KeyPath, site: Mapping[str, Any]) -> list[dict[str, Any]]:
+    own, known = _look_up(site, path)
+    return [{"origin": SITE, "value": _shown(own)}] if known else []
 
 
 def _is_table(key: str, table: Mapping[str, Any]) -> RefusedError:
@@ -98,34 +114,38 @@ def _explain_target(key: str, path: KeyPath, settings: Settings, in_force: InFor
         known = ", ".join(settings.config.targets) or "none"
         raise RefusedError("unknown_key", f"{key} names no target of this camera", f"its targets: {known}")
     target = settings.config.targets[path[1]]
-    value, known_value = _look_up(in_force.targets, path[1:])
-    origin, since = f"{SITE} {target.path}", None
-    if known_value:
-        version, since = max(_came(in_force, pointer(*path)), default=(in_force.version, None))
-        origin = _shadow(version)
+    where = str(target.path) if target.path else "the program's own"
+    value, is_set = _look_up(in_force.desired.targets, path[1:])
+    stack: list[dict[str, Any]] = []
+    for layer in (in_force.shadow, in_force.fleet):
+        below, set_here = _look_up(layer.targets, path[1:])
+        if set_here:
+            origin, since = InForce(shadow=layer).latest_below(pointer(*path)) or (UNKNOWN, None)
+            stack.append({"origin": origin, "since": since, "value": below})
+    stack.append({"origin": f"{SITE} {where}" if target.path else where, "since": None, "value": None})
     return {
         "key": key,
         "value": value,
-        "origin": origin,
-        "since": since,
-        "overrides": [{"origin": f"{SITE} {target.path}", "value": None}] if known_value else [],
+        "origin": stack[0]["origin"],
+        "since": stack[0]["since"],
+        "overrides": [{"origin": layer["origin"], "value": layer["value"]} for layer in stack[1:]],
         "default": None,
         "unit": None,
         "remote": True,
-        "description": f"A value of {target.path}" + ("" if known_value else ", which the shadow does not set"),
+        "applies": "connectivity"
+        if target.connectivity
+        else target.apply
+        if isinstance(target.apply, str)
+        else "command",
+        "description": f"A value of {where}" + ("" if is_set else ", which the fleet does not set"),
     }
-
-
-def _came(in_force: InForce, where: str) -> list[tuple[int, float]]:
-    return [came for below, came in in_force.since.items() if below == where or below.startswith(where + "/")]
 
 
 def _origin(
     path: KeyPath, own: Mapping[KeyPath, Any], wanted: Mapping[KeyPath, Any], in_force: InForce
 ) -> tuple[str, float | None]:
     if wanted.get(path) is not None:
-        version, at = in_force.since[pointer("agent", *path)]
-        return _shadow(version), at
+        return in_force.since(pointer("agent", *path)) or (UNKNOWN, None)
     if path in wanted:
         return DEFAULT, None
     return (SITE if any(key[: len(path)] == path or key == path[: len(key)] for key in own) else DEFAULT), None
@@ -137,10 +157,6 @@ def _look_up(tree: Any, path: KeyPath) -> tuple[Any, bool]:
             return None, False
         tree = tree[part]
     return tree, True
-
-
-def _shadow(version: int) -> str:
-    return f"shadow version {version}"
 
 
 def _shown(value: Any) -> Any:

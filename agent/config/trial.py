@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from agent.config import layers
 from agent.config.desired import Desired, Problem
+from agent.config.layers import InForce
 
 MAX_ATTEMPTS = 2
 SETTLING_S = 60.0
@@ -19,17 +21,19 @@ SETTLING_S = 60.0
 class Trial:
     """A candidate that is being applied and watched, or taken back.
 
-    `previous` holds each touched target's file before the change in base64, None where there was none; `reference` is
-    the gate's picture of the images before the change; times are in epoch seconds.
+    `job` names the job execution that asked for it, empty: the shadow did. `previous` holds each touched target's file
+    before the change in base64, None where there was none; `reference` is the gate's picture of the images before the
+    change; times are in epoch seconds. `reboots`: it takes effect by a reboot; `booted_with` is what the camera started
+    with; `awaits_boot`: the boot id at which a reboot was asked for, once all files were in place.
     """
 
-    version: int
-    agent: dict[str, Any]
-    targets: dict[str, dict[str, Any]]
+    candidate: InForce
+    job: str
     changed: tuple[str, ...]
     previous: dict[str, str | None]
     gated: bool
     connectivity: bool
+    reboots: bool
     stable_for_s: float
     reach_within_s: float
     reference: dict[str, Any]
@@ -37,11 +41,17 @@ class Trial:
     boot_id: str
     attempts: int = 1
     phase: Literal["trial", "reverting"] = "trial"
+    booted_with: Literal["old", "either", "new"] = "old"
+    awaits_boot: str = ""
     problems: tuple[Problem, ...] = ()
 
     @property
+    def version(self) -> int:
+        return self.candidate.version
+
+    @property
     def desired(self) -> Desired:
-        return Desired(self.agent, self.targets)
+        return self.candidate.desired
 
     @property
     def deadline_s(self) -> float:
@@ -58,31 +68,42 @@ class Trial:
 
 
 def from_json(record: dict[str, Any]) -> Trial:
-    """The trial kept by `as_json`. Raises TypeError or KeyError for a record of another form."""
+    """The trial kept by `as_json`. Raises TypeError, ValueError or KeyError for a record of another form."""
     problems = tuple(Problem(**problem) for problem in record["problems"])
-    return Trial(**{**record, "changed": tuple(record["changed"]), "problems": problems})
+    candidate = layers.from_json(record["candidate"])
+    return Trial(**{**record, "candidate": candidate, "changed": tuple(record["changed"]), "problems": problems})
 
 
 def reverting(trial: Trial, problems: list[Problem]) -> Trial:
     """The decision to take the candidate back, and why."""
-    return replace(trial, phase="reverting", problems=tuple(problems))
+    return replace(trial, phase="reverting", awaits_boot="", problems=tuple(problems))
 
 
 def after_restart(trial: Trial, now: float, boot_id: str) -> Trial:
     """How a trial goes on that a restart of the agent or the camera interrupted: once more, or taken back.
 
-    A clock that was set back can't extend it beyond the attempts.
+    A reboot that was asked for is part of the trial: its time begins anew. A clock that was set back can't extend it
+    beyond the attempts.
     """
+    rebooted = boot_id != trial.boot_id
+    as_asked = bool(trial.awaits_boot) and boot_id != trial.awaits_boot
+    if as_asked:
+        trial = replace(trial, booted_with="new" if trial.phase == "trial" else "old")
+    elif rebooted and trial.booted_with == "old":
+        trial = replace(trial, booted_with="either")
+    trial = replace(trial, awaits_boot="", boot_id=boot_id)
     if trial.phase == "reverting":
         return trial
-    what = "the agent restarted" if boot_id == trial.boot_id else "the camera rebooted"
+    if as_asked:
+        return replace(trial, started=now)
+    what = "the camera rebooted" if rebooted else "the agent restarted"
     if trial.attempts >= MAX_ATTEMPTS:
         words = f"{what} during the trial for the second time"
         return reverting(trial, [Problem("", words, "trial_interrupted")])
     if now > trial.deadline:
         words = f"{what} during the trial and came back {now - trial.deadline:.0f} s after its deadline"
         return reverting(trial, [Problem("", words, "trial_deadline")])
-    return replace(trial, attempts=trial.attempts + 1, boot_id=boot_id)
+    return replace(trial, attempts=trial.attempts + 1)
 
 
 def time_left_s(trial: Trial, now: float) -> float:

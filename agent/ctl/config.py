@@ -1,9 +1,12 @@
-"""`agentctl config`: the settings in force, where each comes from, and how they differ from what the cloud wants."""
+"""`agentctl config`: the settings in force, where each comes from, how they differ from what the cloud wants, and what the
+programs besides the agent should run with.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import Any
@@ -11,15 +14,23 @@ from typing import Any
 from agent.ctl import output
 from agent.ctl.arguments import name
 from agent.ctl.client import Client
-from agent.ctl.exits import ANSWERED, ATTENTION, ERROR, NO_SUCH_THING, TIMED_OUT, USAGE, Failure
+from agent.ctl.exits import ANSWERED, ATTENTION, DAEMON_DOWN, ERROR, NO_SUCH_THING, TIMED_OUT, USAGE, Failure
 
 Json = dict[str, Any]
 
 CHECK_TIMEOUT_S = 30
+FOLLOW_TIMEOUT_S = 90
+"""Without an object for so long, of which one comes every 30 s, the stream is taken for dead."""
+CLASSES = {
+    "live": "the cloud may set it, in force at once",
+    "restart-component": "the cloud may set it, that part of the agent is restarted",
+    "connectivity": "the cloud may set it, it stays when the cloud is reached over it",
+    "reboot": "the cloud may set it, in force after a reboot",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", prog=parser.prog, metavar="show|get|explain|diff|check")
+    actions = parser.add_subparsers(dest="action", prog=parser.prog, metavar="show|get|explain|diff|check|target")
     shown = actions.add_parser("show", help="all settings with their origins (without an action: this)")
     shown.add_argument("--changed", action="store_true", help="only those that are not the default")
     got = actions.add_parser("get", help="the value of one key, alone")
@@ -29,6 +40,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     actions.add_parser("diff", help="what the cloud wants and is not in force; exit 10 when there is any")
     checked = actions.add_parser("check", help="whether a file would do as agent.toml; exit 2 when not")
     checked.add_argument("file", metavar="FILE")
+    target = actions.add_parser("target", help="what another program on the camera should run with now")
+    target.add_argument("name", nargs="?", type=name, metavar="NAME", help="see [config.targets] of agent.toml [list]")
+    target.add_argument("--follow", dest="watch", action="store_true", help="now and whenever it changes, until Ctrl-C")
+    target.add_argument("--confirm", metavar="DIGEST", help="say that the program runs with what has this digest")
+    target.add_argument("--refuse", metavar="MESSAGE", help="with --confirm: say instead that it does not, and why")
 
 
 def run(arguments: Namespace, client: Client) -> int:
@@ -41,6 +57,8 @@ def run(arguments: Namespace, client: Client) -> int:
             return _get(arguments, client.get("/v1/config", effective=dict, shadow=dict))
         case "diff":
             return _diff(arguments, client.get("/v1/config", effective=dict, shadow=dict))
+        case "target":
+            return _target(arguments, client)
         case _:
             return _show(arguments, client.get("/v1/config", effective=dict, shadow=dict))
 
@@ -48,17 +66,18 @@ def run(arguments: Namespace, client: Client) -> int:
 def differences(wanted: Json, in_force: Json) -> list[Json]:
     """What of the shadow's `desired` (`agent` and `targets`) is not in force, each with its JSON `pointer`.
 
-    `in_force` maps dotted keys to entries with `value`. A wanted null stands for "not set".
+    `in_force` maps dotted keys to entries with `value` and `origin`. A wanted null stands for "not set".
     """
-    values = {key: entry.get("value") for key, entry in in_force.items()}
     found = []
     for part in ("agent", "targets"):
         start = () if part == "agent" else ("targets",)
         for path, value in _leaves(wanted.get(part) or {}):
-            is_there = values.get(".".join((*start, *path)))
+            entry = in_force.get(".".join((*start, *path)), {})
+            is_there = entry.get("value")
             if value is not None and (value != is_there or isinstance(value, bool) != isinstance(is_there, bool)):
                 pointer = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in (part, *path))
-                found.append({"pointer": pointer, "wanted": value, "in_force": is_there})
+                difference = {"pointer": pointer, "wanted": value, "in_force": is_there}
+                found.append(difference | ({"origin": entry["origin"]} if entry.get("origin") else {}))
     return found
 
 
@@ -74,10 +93,7 @@ def _show(arguments: Namespace, config: Json) -> int:
     if arguments.json:
         output.show_json(config)
         return ANSWERED
-    shadow = config.get("shadow", {})
-    state, version = shadow.get("state") or "none", shadow.get("desired_version")
-    wanted = f"wants version {version}: {state}" if version is not None else "wants nothing"
-    lines = [f"# {output.clean(config.get('file', 'agent.toml'))}; the cloud {output.clean(wanted)}"]
+    lines = _state(config)
     section = ""
     for dotted, entry in config.get("effective", {}).items():
         origin = str(entry.get("origin", "default"))
@@ -87,12 +103,29 @@ def _show(arguments: Namespace, config: Json) -> int:
         if table != section:
             section = table
             lines += ["", output.paint(f"[{output.clean(table)}]", "strong")]
-        text = output.clean(f"{key} = {_value(entry.get('value'))}")
-        note = output.clean(f"# {origin}")
-        apart = max(2, min(52, output.WIDTH - len(note)) - len(text))
-        lines.append(f"{text}{' ' * apart}{output.paint(note, 'quiet')}")
+        first, *more = output.wrap(output.clean(f"{key} = {_value(entry.get('value'))}"), output.WIDTH)
+        lines += [first, *(f"    {line}" for line in output.wrap(" ".join(more), output.WIDTH - 4) if line)]
+        note, last = output.clean(f"# {origin}"), lines[-1]
+        apart = max(2, min(52, output.WIDTH - len(note)) - len(last))
+        if len(last) + apart + len(note) <= output.WIDTH:
+            lines[-1] += " " * apart + output.paint(note, "quiet")
+        else:
+            lines += [f"    {output.paint(line, 'quiet')}" for line in output.wrap(note, output.WIDTH - 4)]
     output.show(lines)
     return ANSWERED
+
+
+def _state(config: Json) -> list[str]:
+    """How what the cloud wants stands, as comments."""
+    shadow = config.get("shadow", {})
+    version, state = shadow.get("desired_version"), shadow.get("state") or "none"
+    wanted = f"wants version {version}: {state}" if version is not None else "wants nothing"
+    lines = output.paragraph("# ", f"{config.get('file', 'agent.toml')}; the cloud {wanted}", 0)
+    if shadow.get("waits_for"):
+        lines += output.paragraph("# waits for: ", shadow["waits_for"], 0)
+    for error in shadow.get("errors") or []:
+        lines += output.paragraph("# why: ", f"{error.get('pointer', '')} {error.get('message', '')}", 0)
+    return [line if line.startswith("#") else f"#{line[1:]}" for line in lines]
 
 
 def _value(value: Any) -> str:
@@ -140,14 +173,25 @@ def _explain(arguments: Namespace, client: Client) -> int:
         [("origin", "quiet"), f"{reply.get('origin', 'default')}{since}"],
         [("default", "quiet"), _value(reply.get("default"))],
         [("unit", "quiet"), str(reply.get("unit") or "-")],
-        [("the cloud", "quiet"), "may set it" if reply.get("remote") else "may not set it"],
+        [("class", "quiet"), _class(reply)],
         [("meaning", "quiet"), str(reply.get("description") or "-")],
     ]
-    for layer in reply.get("overrides") or []:
-        rows.insert(1, [("overrides", "quiet"), f"{_value(layer.get('value'))} from {layer.get('origin')}"])
+    rows[1:1] = [
+        [("overrides", "quiet"), f"{_value(layer.get('value'))} from {layer.get('origin')}"]
+        for layer in reply.get("overrides") or []
+    ]
     head = output.clean(f"{reply.get('key', arguments.key)} = {_value(reply.get('value'))}")
     output.show([output.paint(head, "strong"), *output.table(rows, indent=2)])
     return ANSWERED
+
+
+def _class(reply: Json) -> str:
+    """Whether the cloud may set a key, and what becomes of it then."""
+    if not reply.get("remote"):
+        return "local only: the cloud may not set it, agent.toml does"
+    applies = str(reply.get("applies") or "")
+    words = CLASSES.get(applies, "the cloud may set it")
+    return f"{applies}: {words}" if applies else words
 
 
 def _explain_table(arguments: Namespace, table: Json) -> int:
@@ -176,7 +220,11 @@ def _diff(arguments: Namespace, config: Json) -> int:
             pointer = difference["pointer"]
             wanted, in_force = _value(difference["wanted"]), _value(difference["in_force"])
             lines += ["", output.paint(output.clean(pointer), "strong")]
+            if difference.get("origin"):
+                in_force += f" from {difference['origin']}"
             lines += output.table([[("wanted", "quiet"), wanted], [("in force", "quiet"), in_force]], indent=2)
+        if shadow.get("waits_for"):
+            lines += ["", *output.paragraph("waits for: ", shadow["waits_for"], 2)]
         for error in errors:
             lines += ["", *output.paragraph("why: ", f"{error.get('pointer', '')} {error.get('message', '')}", 2)]
         output.show(lines)
@@ -210,3 +258,114 @@ def _check(arguments: Namespace) -> int:
         code = "settings_invalid" if done.returncode == USAGE else "check_failed"
         output.show_json({"file": arguments.file, "error": {"code": code, "message": words, "hint": ""}})
     return done.returncode if done.returncode in (ANSWERED, USAGE) else ERROR
+
+
+def _target(arguments: Namespace, client: Client) -> int:
+    if arguments.refuse is not None and arguments.confirm is None:
+        raise Failure(USAGE, "usage", "--refuse needs --confirm DIGEST", "the digest is that of what is refused")
+    if arguments.watch and arguments.confirm is not None:
+        raise Failure(USAGE, "usage", "--follow and --confirm don't go together")
+    if arguments.name is None:
+        if arguments.watch or arguments.confirm is not None:
+            raise Failure(USAGE, "usage", "NAME is missing", "list them: agentctl config target")
+        return _targets(arguments, client.get("/v1/config/targets", targets=dict))
+    from urllib.parse import quote
+
+    path = f"/v1/config/targets/{quote(arguments.name, safe='', errors='surrogateescape')}"
+    if arguments.confirm is not None:
+        return _confirm(arguments, client, f"{path}/confirm")
+    if arguments.watch:
+        return _follow(arguments, client, f"{path}/follow")
+    offer = client.get(path, state=str, digest=str)
+    if arguments.json:
+        output.show_json(offer)
+    else:
+        output.show(_describe(offer))
+    return ANSWERED
+
+
+def _targets(arguments: Namespace, reply: Json) -> int:
+    if arguments.json:
+        output.show_json(reply)
+        return ANSWERED
+    rows: list[list[output.Cell]] = [
+        [(target, "strong"), (status.get("digest") or "-")[:12], _stands(status)]
+        for target, status in reply["targets"].items()
+    ]
+    output.show(output.table(rows) or ["no config target is set, see [config.targets] of agent.toml"])
+    return ANSWERED
+
+
+def _stands(status: Json) -> str:
+    if status.get("confirmed"):
+        said = "the program runs with it"
+    elif status.get("refused") is not None:
+        said = f"the program refuses it: {status['refused'] or 'it does not say why'}"
+    else:
+        said = "not confirmed by the program"
+    return f"{status.get('state', '?')}, {said}"
+
+
+def _describe(offer: Json) -> list[str]:
+    """An offer for a person: how it stands, its digest, and each value of its document."""
+    lines = output.paragraph(f"{output.clean(offer['target'])}: ", _stands(offer), 0)
+    lines += output.table([[("digest", "quiet"), offer.get("digest") or "-"]], indent=2)
+    if offer.get("redacted"):
+        words = "secrets are left out; who may confirm it sees them"
+        lines += output.table([[("redacted", "quiet"), words]], indent=2)
+    document = offer.get("document")
+    if document is None:
+        return [*lines, "", "the fleet sets nothing: the program uses its own"]
+    values: list[list[output.Cell]] = [[".".join(path), _value(value)] for path, value in _leaves(document)]
+    return [*lines, "", *(output.table(values) or ["{}"])]
+
+
+def _confirm(arguments: Namespace, client: Client, path: str) -> int:
+    accepted = arguments.refuse is None
+    said = {"digest": arguments.confirm, "accepted": accepted, "message": arguments.refuse or ""}
+    reply = client.post(path, json.dumps(said).encode(), state=str)
+    if arguments.json:
+        output.show_json(reply)
+    else:
+        output.show(f"{output.clean(reply['target'])}: {'confirmed' if accepted else 'refused'}")
+    return ANSWERED
+
+
+def _follow(arguments: Namespace, client: Client, path: str) -> int:
+    """Each offer once, one object a line in a pipe; the agent may be away meanwhile, and what it then offers comes again
+    when something of it is different, such as that it is not confirmed any more.
+    """
+    stream = Client(client.path, FOLLOW_TIMEOUT_S)
+    shown: Json | None = None
+    while True:
+        try:
+            for offer in stream.lines(path):
+                client.answered = True
+                if not (_has_reader() if "heartbeat" in offer else offer == shown or _show_offer(arguments, offer)):
+                    return ANSWERED
+                shown = shown if "heartbeat" in offer else offer
+        except Failure as failure:
+            if not client.answered or not _may_come_back(failure):
+                raise
+        time.sleep(1)
+
+
+def _may_come_back(failure: Failure) -> bool:
+    """Whether the agent only seems to be restarting."""
+    return failure.exit_code in (DAEMON_DOWN, TIMED_OUT) or failure.code in ("busy", "not_ready", "garbled_answer")
+
+
+def _show_offer(arguments: Namespace, offer: Json) -> bool:
+    if arguments.json or not sys.stdout.isatty():
+        return output.show_json(offer, line=True)
+    output.show([f"{output.moment(time.time())} (Ctrl-C ends)", *_describe(offer), ""])
+    return True
+
+
+def _has_reader() -> bool:
+    """Whether somebody still reads what this prints; asked now and then, because a write would be the only other way."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))

@@ -103,7 +103,10 @@ def _off_line(cloud: Json) -> list[str]:
 
 def _cloud(cloud: Json, now: float) -> list[output.Cell]:
     state = cloud.get("state", "unknown")
-    where = f"{cloud['endpoint']}:{cloud.get('port', '')}" if cloud.get("endpoint") else "no endpoint is set"
+    where = "no endpoint is set"
+    if cloud.get("endpoint"):
+        via = cloud.get("via") or f"port {cloud.get('port', '')}"
+        where = f"{cloud['endpoint']}, {via}"
     since = f"for {output.duration(now - cloud['since'])}, " if cloud.get("since") else ""
     return ["Cloud", (state, "good" if state == "connected" else "attention"), f"{since}{where}"]
 

@@ -1,4 +1,4 @@
-"""`agentctl update`: what is installed, what an update does and waits for; go back by hand; hold switches off for a while."""
+"""`agentctl update`: what is installed, what an update does and waits for; go back by hand; hold changes off for a while."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from agent.ctl.exits import (
 
 Json = dict[str, Any]
 
+PASSING = ("words", "opens_at", "closes_at")
+"""What of a window changes by the mere passing of time."""
 IDLE = ("", "idle")
 ON_TRIAL = ("ARMED", "RESTARTING", "TRIAL")
 NEXT = {
@@ -56,9 +58,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     back.add_argument("target", type=name, metavar="TARGET", help="see agentctl update status")
     back.add_argument("--yes", action="store_true", help="do not ask")
     back.add_argument("--timeout", type=seconds, default=900, metavar="S", help="follow it for so long, exit 6 [900]")
-    lock = action("lock", "let no update switch for a while; again: for so long from now")
+    lock = action(
+        "lock", "let no update and no configuration change the camera for a while; again: for so long from now"
+    )
     lock.add_argument("--for", dest="for_s", type=seconds, required=True, metavar="SECONDS", help="for how long")
-    lock.add_argument("--reason", default="", metavar="TEXT", help="shown to who asks why an update waits")
+    lock.add_argument("--reason", default="", metavar="TEXT", help="shown to who asks why a change waits")
     unlock = action("unlock", "end a lock before its time")
     for command in (lock, unlock):
         command.add_argument("--holder", type=name, metavar="NAME", help="whose lock it is [your user name]")
@@ -149,7 +153,7 @@ def _installed(status: Json) -> str:
 
 def _lock_words(lock: Json) -> str:
     why = f": {lock['reason']}" if lock.get("reason") else ""
-    return f"{lock.get('holder', '?')} holds off switches for {output.duration(lock['expires_in_s'])} more{why}"
+    return f"{lock.get('holder', '?')} holds off changes for {output.duration(lock['expires_in_s'])} more{why}"
 
 
 def _ask(arguments: Namespace, client: Client) -> Json:
@@ -202,7 +206,8 @@ def _watch(arguments: Namespace, client: Client) -> int:
 def _lasting(reply: Json) -> str:
     """What of an answer does not change by the mere passing of time."""
     locks = [{**lock, "expires_in_s": 0} for lock in reply.get("locks") or []]
-    return json.dumps({**reply, "locks": locks, "window": (reply.get("window") or {}).get("state")})
+    window = {key: value for key, value in (reply.get("window") or {}).items() if key not in PASSING}
+    return json.dumps({**reply, "locks": locks, "window": window})
 
 
 def _may_come_back(failure: Failure) -> bool:

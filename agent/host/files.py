@@ -11,7 +11,10 @@ from typing import IO
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` with `data`. An existing file keeps its mode and, where permitted, its owner. Raises OSError."""
+    """Replace `path` with `data`. An existing file keeps its mode and, where permitted, owner, group and extended attributes.
+
+    Raises OSError.
+    """
     owner = None
     with contextlib.suppress(FileNotFoundError):
         before = path.stat()
@@ -22,8 +25,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             if owner:
-                with contextlib.suppress(PermissionError):
-                    os.fchown(descriptor, *owner)
+                _keep_owner(descriptor, *owner)
+                _keep_attributes(descriptor, path)
             os.fchmod(descriptor, mode)
             file.write(data)
             file.flush()
@@ -33,6 +36,20 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
         candidate.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def _keep_owner(descriptor: int, uid: int, gid: int) -> None:
+    for owner in ((uid, -1), (-1, gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, *owner)
+
+
+def _keep_attributes(descriptor: int, path: Path) -> None:
+    """Access control lists are extended attributes too; those that only root or the kernel may set are left."""
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(path):
+            with contextlib.suppress(OSError):
+                os.setxattr(descriptor, name, os.getxattr(path, name))
 
 
 def lock(path: Path) -> IO[bytes] | None:

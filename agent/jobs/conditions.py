@@ -23,7 +23,7 @@ TYPES = {
 """Each type, and what it says of a key with the values in the braces."""
 VERSIONS = ("versionAtLeast", "versionBelow")
 ALIASES = {"operatingSystem": "os.id"}
-RESERVED = ("os.", "host.", "agent.", "thing.", "target.")
+RESERVED = ("os.", "host.", "agent.", "thing.", "target.", "label.")
 MAX_TOLD = 4
 MAX_NAMES = 600
 MAX_VALUE = 80
@@ -35,11 +35,12 @@ def facts(
     agent_version: str,
     thing_name: str,
     targets: Mapping[str, str | None],
+    labels: Mapping[str, str],
     own: Mapping[str, str],
 ) -> dict[str, str]:
     """What conditions may ask about; "" where this camera has no value.
 
-    `host` is what `host_facts` gives, `targets` the installed version of each update target, `own` the operator's
+    `host` is what `host_facts` gives, `targets` the installed version of each update target, `labels` what the owner says of the camera, `own` the operator's
     `[jobs.facts]`, of which those with one of our names, or beginning like them, are left out.
     """
     ours = {
@@ -47,6 +48,7 @@ def facts(
         "agent.version": agent_version,
         "thing.name": thing_name,
         **{f"target.{name}.version": version or "" for name, version in targets.items()},
+        **{f"label.{name}": value for name, value in labels.items()},
     }
     ours |= {alias: ours.get(key, "") for alias, key in ALIASES.items()}
     return {**{k: v for k, v in own.items() if not k.startswith(RESERVED)}, **ours}

@@ -165,6 +165,18 @@ class UpdateDocument(Document):
     """Where the artifact can be had, tried in order."""
 
 
+class ConfigureDocument(Document):
+    """Change the configuration that the fleet sets, under what the camera's own shadow wants; done when it has proven itself."""
+
+    operation: Literal["configure"]
+    agent: dict[str, Any] = {}
+    """Keys of agent.toml, as in the shadow's `desired.agent`; null takes back what an earlier job set."""
+    targets: dict[str, dict[str, Any] | None] = {}
+    """Values for the documents of `[config.targets]`; null, for a value or a whole document, takes back what an earlier job set."""
+    replace: Flag = False
+    """Whether this is all that jobs set, instead of a change of it."""
+
+
 class RestartDocument(Document):
     """Restart the agent or an update target's program."""
 
@@ -248,6 +260,7 @@ class RunDocument(Document):
 
 DOCUMENTS: dict[str, type[Document]] = {
     "update": UpdateDocument,
+    "configure": ConfigureDocument,
     "restart": RestartDocument,
     "reboot": RebootDocument,
     "run": RunDocument,

@@ -134,6 +134,10 @@ class Outbox:
             log.warning("messages were dropped, too old or too many", **dropped)
         return seq
 
+    def reconfigure(self, settings: Telemetry) -> None:
+        """Other bounds and another rate from now on; what is beyond the bounds goes with the next message."""
+        self._settings = settings
+
     def announce_fresh(self) -> None:
         """There is something new in the queue."""
         self._look.set()

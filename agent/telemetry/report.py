@@ -27,11 +27,12 @@ def report(
     conditions: list[str],
     agent: Mapping[str, Any],
     outbox: Mapping[str, Any],
+    labels: Mapping[str, str],
 ) -> bytes:
     """The report of one window as JSON.
 
     `window` is its begin and end in epoch seconds; `host` maps OpenTelemetry names to values; `capture` maps source names
-    to their windows; `conditions` names those that are set. (`boot_id`, `seq`) tells duplicates and gaps: `seq` rises by
+    to their windows; `conditions` names those that are set; `labels` are the owner's. (`boot_id`, `seq`) tells duplicates and gaps: `seq` rises by
     one with each report, across restarts too.
     """
     begin, end = window
@@ -40,6 +41,7 @@ def report(
         "thing": thing_name,
         "boot_id": boot_id,
         "seq": seq,
+        "labels": labels,
         "start": round(begin, 3),
         "end": round(end, 3),
         "agent": agent,
@@ -51,9 +53,9 @@ def report(
     return encode(body)
 
 
-def event(*, thing_name: str, boot_id: str, seq: int, change: Mapping[str, Any]) -> bytes:
+def event(*, thing_name: str, boot_id: str, seq: int, labels: Mapping[str, str], change: Mapping[str, Any]) -> bytes:
     """A condition that was set or cleared, or the truth about a job that ended (`job`), as JSON."""
-    return encode({"schema": 1, "thing": thing_name, "boot_id": boot_id, "seq": seq, **change})
+    return encode({"schema": 1, "thing": thing_name, "boot_id": boot_id, "seq": seq, "labels": labels, **change})
 
 
 def presence(*, thing_name: str, boot_id: str, session: str, connected: bool) -> bytes:

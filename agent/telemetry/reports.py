@@ -41,6 +41,7 @@ class Reports:
         topics: Mapping[str, str],
         agent: Mapping[str, Any],
         interval_s: float,
+        labels: Mapping[str, str],
     ) -> None:
         self._outbox = outbox
         self._sources = sources
@@ -49,12 +50,13 @@ class Reports:
         self._topics = topics
         self._agent = agent
         self._interval_s = interval_s
+        self._labels = labels
         self._changed = asyncio.Event()
         self._events: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
 
-    def set_interval(self, interval_s: float) -> None:
-        """Windows last `interval_s` seconds from now on; the present one ends when that is over."""
-        self._interval_s = interval_s
+    def reconfigure(self, interval_s: float, labels: Mapping[str, str]) -> None:
+        """Windows last `interval_s` seconds from now on, the present one ends when that is over; `labels` go with all that is sent."""
+        self._interval_s, self._labels = interval_s, labels
         self._changed.set()
 
     def note(self, change: Mapping[str, Any]) -> None:
@@ -94,13 +96,18 @@ class Reports:
             await self._put("event", EVENT, self._event(await self._events.get()))
 
     def _event(self, change: Mapping[str, Any]) -> Callable[[int], bytes]:
+        labels = self._labels
+
         def render(seq: int) -> bytes:
-            return report.event(thing_name=self._thing_name, boot_id=self._boot_id, seq=seq, change=change)
+            return report.event(
+                thing_name=self._thing_name, boot_id=self._boot_id, seq=seq, labels=labels, change=change
+            )
 
         return render
 
     def _report(self, window: tuple[float, float], outbox: Mapping[str, Any]) -> Callable[[int], bytes]:
         host, capture, conditions = self._sources.host(), self._sources.capture(), self._sources.conditions()
+        labels = self._labels
 
         def render(seq: int) -> bytes:
             return report.report(
@@ -113,6 +120,7 @@ class Reports:
                 conditions=conditions,
                 agent=self._agent,
                 outbox=outbox,
+                labels=labels,
             )
 
         return render

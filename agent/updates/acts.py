@@ -13,13 +13,14 @@ from typing import Literal
 from agent.errors import AgentError, FailedError, RefusedError
 from agent.host.threads import to_end
 from agent.logs import get_logger
+from agent.reboots import spacing_words
 from agent.updates import records, trust
 from agent.updates.case import Case
 from agent.updates.fetch import fetch
 from agent.updates.gate import Verdict
 from agent.updates.manifest import digest_of
 from agent.updates.preflight import bytes_on_disk, check_fit, check_space, discard_others
-from agent.updates.restarts import Restarts, kind_of, spacing_words
+from agent.updates.restarts import Restarts, kind_of
 from agent.updates.states import Outcome, State
 
 log = get_logger("updates")
@@ -283,12 +284,20 @@ class Acts:
     async def commit(self) -> Outcome:
         """The trial is passed; what goes wrong in tidying up can't change that, only a version that does not stay can."""
         manifest = self._manifest
-        if not await self._installer.verify_running(manifest):
+        owed = self._progress.get("owed")  # a restart since the version was switched to once more; {}: not switched yet
+        if not await self._installer.verify_running(manifest) or (
+            owed is not None and not self.restarts.happened(owed)
+        ):
             if self._progress["attempts"][State.COMMITTING] > MAX_COMMITS:
                 self._case.reason("fell_back", await self.fell_back_words())
                 return Outcome.FAILED
+            self._progress["owed"] = {}
+            await self._case.save(f"{manifest.name} {manifest.version}: switching to it once more")
             await self._installer.arm(manifest)
+            self._progress["owed"] = self.restarts.now()
+            await self._case.save(f"{manifest.name} {manifest.version}: restarting")
             await self.restarts.restart()
+            del self._progress["owed"]
         try:
             await self._patiently(lambda: self._installer.commit(manifest, self._progress.get("from")))
             await to_end(discard_others, self._around.downloads_dir, "-")
@@ -313,6 +322,10 @@ class Acts:
                 if not back:
                     with contextlib.suppress(FailedError):
                         await self.restarts.restart()
+                running, _ = await self._installer.running()
+                if running is not None:
+                    case.rollback_failed(f"{running} runs instead of what was there before")
+                    return Outcome.FAILED
             elif not await self._runs_again(back):
                 return Outcome.FAILED
         await self._installer.clean_up(frozenset({before} if before else ()))

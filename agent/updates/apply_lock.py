@@ -1,4 +1,4 @@
-"""The locks against switching: a capture pipeline takes one, for a time it names, while an update must not restart it.
+"""The apply locks: a capture pipeline takes one, for a time it names, while no update and no configuration may disturb it.
 
 Each ends by itself. They are kept in a file with the boot they belong to, so that a restart of the agent keeps them and a
 reboot does not.
@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from agent.host import files
 from agent.host.clock import boot_id
 from agent.host.threads import to_end
 from agent.logs import get_logger
+from agent.maintenance import SHORTEST_LOOK_S, Hold, Maintenance, Noun, together
 
 Json = dict[str, Any]
 
@@ -52,8 +53,8 @@ class Lock:
 class ApplyLocks:
     """All locks; `load` first.
 
-    `switching` says which target is just being switched, empty when none: then a lock would come too late. `max_s` is the
-    longest time for which one can be taken at once. `changed` is set when one is released.
+    `switching` says what is just being switched to or on trial, empty when nothing is: then a lock would come too late. `max_s` is the
+    longest time for which one can be taken at once.
     """
 
     def __init__(
@@ -65,7 +66,6 @@ class ApplyLocks:
         now: Callable[[], float] = _boottime,
         boot: Callable[[], str] = boot_id,
     ) -> None:
-        self.changed = asyncio.Event()
         self.max_s = max_s
         self._file = file
         self._switching = switching
@@ -73,6 +73,11 @@ class ApplyLocks:
         self._boot = boot
         self._locks: dict[str, Lock] = {}
         self._writing = asyncio.Lock()
+        self._wake: list[Callable[[], None]] = []
+
+    def on_change(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, on the loop, whenever a lock ends before its time."""
+        self._wake.append(wake)
 
     async def load(self) -> None:
         """Take over what an agent of this boot has kept; a file that can't be read is no lock, and is logged."""
@@ -99,7 +104,7 @@ class ApplyLocks:
         ]
 
     async def take(self, holder: str, seconds: float, reason: str, *, by: str, admin: bool = False) -> Json:
-        """Hold off every switch for `seconds` from now; the lock as JSON. A lock of the same holder is renewed.
+        """Hold off updates and configurations for `seconds` from now; the lock as JSON. A lock of the same holder is renewed.
 
         Raises RefusedError: bad_request; switching, and then nothing is held off; lock_of_another, unless `admin`;
         too_many_locks. Raises FailedError apply_lock_failed when a restart of the agent would forget it.
@@ -135,7 +140,7 @@ class ApplyLocks:
             raise RefusedError("no_such_lock", f"{holder} holds no apply lock", "it was released, or its time is over")
         _check_owner(lock, by, admin=admin)
         del self._locks[holder]
-        self.changed.set()
+        self._tell()
         log.info("apply lock released", holder=holder, by=by)
         await self._save_if_possible()
 
@@ -155,7 +160,7 @@ class ApplyLocks:
         if words := self._switching():
             raise RefusedError(
                 "switching",
-                f"the lock comes too late, an update is being switched to: {words}",
+                f"the lock comes too late, a change is under way: {words}",
                 "expect a restart, and try again after it; agentctl update status",
             )
 
@@ -165,7 +170,11 @@ class ApplyLocks:
             del self._locks[lock.holder]
             if before:
                 self._locks[lock.holder] = before
-            self.changed.set()
+            self._tell()
+
+    def _tell(self) -> None:
+        for wake in self._wake:
+            wake()
 
     async def _save_if_possible(self) -> None:
         """A lock that is released only here would at worst come back until its end, after a restart of the agent."""
@@ -177,6 +186,20 @@ class ApplyLocks:
     async def _save(self) -> None:
         async with self._writing:
             await to_end(_write, self._file, self._boot, [asdict(lock) for lock, _ in self.held()])
+
+
+def lock_hold(held: Sequence[tuple[Lock, float]]) -> Hold | None:
+    """What the locks that are `held`, each with its seconds left, say."""
+    if not held:
+        return None
+    words = "; ".join(lock.words(left) for lock, left in held)
+    return Hold("apply_lock", words, max(SHORTEST_LOOK_S, min(left for _, left in held)))
+
+
+async def changes_hold(maintenance: Maintenance, locks: ApplyLocks, subject: str, noun: Noun) -> Hold | None:
+    """What any change has to wait for, whatever it is: the window, its turn in it, and apply locks; None: nothing."""
+    window = await maintenance.hold(subject, noun)
+    return together([window, lock_hold(locks.held())])
 
 
 def _check_owner(lock: Lock, by: str, *, admin: bool) -> None:

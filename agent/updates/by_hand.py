@@ -89,6 +89,7 @@ class ByHand:
             why = await self._tried(record)
             if why and "failed" not in record:
                 record = _returning(record, why)
+                await self._keep(record)
                 why = await self._tried(record)
             if "failed" not in record:
                 await self._end(record, "ROLLED_BACK", "by_hand", f"taken back by hand to {_version(record)}")
@@ -130,16 +131,18 @@ class ByHand:
     async def _go_back(self, record: dict[str, Any]) -> None:
         restarts = await self._restarts()
         running, _ = await self._installer.running()
+        known = self._target.installer in ("agent", "rauc") or not record["attempts"]  # else it is only switched to
         by_itself = restarts.ends_process and "failed" in record and "undone" not in record and running == record["to"]
+        by_itself = by_itself and known
         if not by_itself and not (restarts.ends_process and restarts.happened(record.get("undone"))):
             record["attempts"] += 1
             if record["attempts"] > MAX_ATTEMPTS:
                 raise FailedError("interrupted", "it was interrupted too often")
-            await self._around.store.write(lambda t: t.set_fact(fact_key(self._name), record))
+            await self._keep(record)
             self._tell(f"going back to {_version(record)}, asked for at the camera")
             await self._installer.step_back(record["to"])
             record["undone"] = restarts.now()  # only now: a restart before led to the same version again
-            await self._around.store.write(lambda t: t.set_fact(fact_key(self._name), record))
+            await self._keep(record)
             await restarts.restart()
         running, _ = await self._installer.running()
         if running != record["to"]:
@@ -158,6 +161,9 @@ class ByHand:
         if not verdict.passed:
             raise FailedError(verdict.code, "; ".join(verdict.reasons))
         await self._installer.stay()
+
+    async def _keep(self, record: dict[str, Any]) -> None:
+        await self._around.store.write(lambda t: t.set_fact(fact_key(self._name), record))
 
     async def _end(self, record: dict[str, Any], state: str, code: str, words: str) -> None:
         """Keep the outcome, and in the same transaction that nothing is wanted any more."""

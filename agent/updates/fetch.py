@@ -11,7 +11,7 @@ import errno
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import CloudError, FailedError, RefusedError
@@ -50,8 +50,8 @@ class Limits:
     doubtful_s: float = 3600
     """For how long they must have come as well, in seconds, where they may be of a network's login page."""
     connect_s: float = 30
-    proxy_url: str = field(default="", repr=False)
-    """HTTP proxy, `http://[user:password@]host:port`. Empty: none."""
+    proxy_url: Callable[[], str] = str
+    """HTTP proxy at this moment, `http://[user:password@]host:port`. Empty: none."""
     bytes_per_s: Callable[[], float] | None = None
     """The most bytes per second at this moment, 0 for no cap; asked about once a second. None: never a cap.
 

@@ -299,7 +299,9 @@ class Flow:
             with contextlib.suppress(AgentError, OSError):
                 running, _ = await self._installer.running()
                 await self._installer.roll_back(self._progress.get("from"))
-                if running != self._progress.get("from") or not self._acts.restarts.ends_process:
+                undone, restarts = self._progress.get("undone"), self._acts.restarts
+                due = bool(undone) and not restarts.happened(undone)  # switched back by now, and not restarted since
+                if due or running != self._progress.get("from") or not restarts.ends_process:
                     await self._acts.restarts.restart(recorded=False)
 
     async def _unless_cancelled(self, act: Coroutine[Any, Any, T], then: str) -> T:

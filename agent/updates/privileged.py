@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent import settings
+from agent import settings, settings_file
 from agent.errors import AgentError, FailedError, RefusedError, SettingsError
 from agent.host.files import write_atomic
 from agent.updates.installers.deb_store import STORE, DebStore, open_plain
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _carry_out(arguments: argparse.Namespace, verb: str, request_id: str, target: str) -> str:
     for path in (Path(__file__), Path(sys.executable), arguments.config):
         check_believed(path)
-    loaded = settings.load(arguments.config)
+    loaded = settings_file.load(arguments.config)
     wanted = loaded.updates.targets.get(target)
     if wanted is None or wanted.installer != "deb":
         raise RefusedError(

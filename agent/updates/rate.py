@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, tzinfo
-from typing import Protocol
 
+from agent.settings import RateLimit, Settings
 from agent.timetable import parse_window
 
 ASK_EVERY_S = 1.0
@@ -51,27 +51,26 @@ class Pace:
             self._level = 0.0
 
 
-class RateLimit(Protocol):
-    """A cap at some hours, as in agent.toml."""
-
-    @property
-    def hours(self) -> str: ...
-    @property
-    def bytes_per_s(self) -> int: ...
-
-
 def lowest_cap(limits: Sequence[RateLimit], local: datetime) -> float:
     """The lowest of the caps that hold at the local time; 0 when none does."""
     return min((limit.bytes_per_s for limit in limits if parse_window(limit.hours).left(local)), default=0.0)
 
 
-def cap_by_hour(limits: Sequence[RateLimit], time_zone: str) -> Callable[[], float] | None:
-    """The cap at each moment, by the clock of `time_zone`; None when there is never one."""
-    if not limits:
-        return None
-    zone: tzinfo = UTC
-    if time_zone != "UTC":
-        from zoneinfo import ZoneInfo
+def cap_by_hour(settings: Callable[[], Settings]) -> Callable[[], float]:
+    """The cap at each moment, 0 for none, by the limits and the time zone of the `settings` in force at that moment."""
 
-        zone = ZoneInfo(time_zone)
-    return lambda: lowest_cap(limits, datetime.now(zone))
+    def cap() -> float:
+        present = settings()
+        limits = present.updates.rate_limits
+        return lowest_cap(limits, datetime.now(_zone(present.maintenance.time_zone))) if limits else 0.0
+
+    return cap
+
+
+def _zone(name: str) -> tzinfo:
+    """A time zone, which was read, and kept by zoneinfo, when the settings that name it were checked."""
+    if name == "UTC":
+        return UTC
+    from zoneinfo import ZoneInfo
+
+    return ZoneInfo(name)

@@ -1,33 +1,27 @@
 """Making a switched version run: the unit of the target, the whole camera, or the agent itself; and knowing when that has happened.
 
 A restart of the camera or of the agent ends this process: it has happened when another boot id or another instance is
-seen than the one that was saved before it. At most one reboot of ours in ten minutes, so that no fault becomes a loop.
+seen than the one that was saved before it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agent.errors import FailedError, StoreError
+from agent.errors import FailedError
+from agent.reboots import Reboots, uptime_s
 from agent.settings import UpdateTarget
 from agent.store import Store
 from agent.updates.gate import Units
 from agent.updates.preflight import restart_target
 
-REBOOT_SPACING_S = 600.0
-REBOOT_FACT = "updates.reboot"
 DOWN_LIMIT_S = 300.0
-"""How long the machine, or this process, may take to end after it was asked to."""
+"""How long this process may take to end after it was asked to."""
 
 Kind = Literal["none", "unit", "reboot", "agent"]
-
-
-def _uptime_s() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Restarter:
     """Asks for a reboot; returns when asked."""
     restart_agent: Callable[[], None] | None = None
     """Makes this process end and its successor begin."""
-    uptime_s: Callable[[], float] = _uptime_s
+    uptime_s: Callable[[], float] = uptime_s
 
 
 def kind_of(target: UpdateTarget, restart: Literal["none", "unit", "reboot"]) -> Kind:
@@ -58,7 +52,7 @@ class Restarts:
         self.kind = kind
         self._target = target
         self._by = by
-        self._store = store
+        self._reboots = Reboots(store, by.boot_id, by.reboot, by.uptime_s)
         self._tell = tell
 
     @property
@@ -81,30 +75,11 @@ class Restarts:
     async def restart(self, *, recorded: bool = True) -> None:
         """Restart it. Returns only when this process goes on. Not `recorded`: also when the store takes nothing. Raises FailedError."""
         if self.kind == "reboot":
-            await self._reboot(recorded)
+            await self._reboots.reboot(self._tell, recorded=recorded)
         elif self.kind == "agent":
             await self._restart_agent()
         elif self.kind == "unit":
             await restart_target(self._target, self._by.units)
-
-    async def _reboot(self, recorded: bool) -> None:
-        if self._by.reboot is None:
-            raise FailedError("reboot_failed", "this agent has no way to reboot the camera")
-        while (left := await self.spacing_s()) > 0:
-            self._tell(spacing_words(left))
-            await asyncio.sleep(min(left, 10.0))
-        try:
-            await self._store.write(lambda t: t.set_fact(REBOOT_FACT, {"boot_id": self._by.boot_id}))
-        except StoreError:
-            if recorded:
-                raise
-        await self._by.reboot()
-        await asyncio.sleep(DOWN_LIMIT_S)
-        raise FailedError(
-            "reboot_failed",
-            f"the camera did not go down within {DOWN_LIMIT_S:g} s after it was asked to",
-            "see `systemctl list-jobs` and `systemd-inhibit --list`",
-        )
 
     async def _restart_agent(self) -> None:
         if self._by.restart_agent is None:
@@ -114,12 +89,5 @@ class Restarts:
         raise FailedError("restart_failed", f"the agent did not end within {DOWN_LIMIT_S:g} s to start anew")
 
     async def spacing_s(self) -> float:
-        """Seconds until a reboot may come: when this boot came of a reboot of ours, it must be ten minutes old."""
-        asked = await self._store.read(lambda t: t.fact(REBOOT_FACT))
-        ours = isinstance(asked, dict) and asked.get("boot_id") not in (None, self._by.boot_id)
-        return max(0.0, REBOOT_SPACING_S - self._by.uptime_s()) if ours else 0.0
-
-
-def spacing_words(left_s: float) -> str:
-    """Why a reboot waits."""
-    return f"the last reboot was just now, the next may come in {left_s:.0f} s"
+        """Seconds until a reboot may come."""
+        return await self._reboots.spacing_s()

@@ -36,8 +36,8 @@ esac
 PYTHONPATH={project} exec {python} -c {code} "$@"
 """
 CLOCK_SET = """
-from agent.updates.holds import Holds
-Holds.__init__.__kwdefaults__["clock_believed"] = lambda: True
+from agent.maintenance import Maintenance
+Maintenance.__init__.__kwdefaults__["clock_believed"] = lambda: True
 """
 CODE = """import os, sys
 import agent.__main__ as program
@@ -51,11 +51,11 @@ ready = Notifier.ready
 Notifier.ready = lambda self: (ready(self), os._exit(1))
 """
 NOT_ONLINE = """
-from agent import settings
-validate = settings.validate
+from agent import settings_file
+validate = settings_file.validate
 def wrong(document, *rest):
     return validate({**document, "cloud": {**document["cloud"], "port": 9}}, *rest)
-settings.validate = wrong
+settings_file.validate = wrong
 """
 VERSIONS: Mapping[str, Mapping[str, str]] = {
     "good": {},

@@ -9,7 +9,7 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -231,8 +231,11 @@ def _stands_still(pid: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def camera(folder: Path, kind: type[AgentProcess] = AgentUnit, **updates: Any) -> AsyncIterator[Camera]:
+async def camera(
+    folder: Path, kind: type[AgentProcess] = AgentUnit, maintenance: Mapping[str, Any] | None = None, **updates: Any
+) -> AsyncIterator[Camera]:
     """An agent that is on-line, with update keys."""
+    tables = {"updates": {"keys_dir": str(folder / "keys"), **updates}, "maintenance": maintenance or {}}
     keys, files, thing = folder / "keys", Files(), "cam-1"
     keys.mkdir(parents=True)
     (keys / "root.json").write_text(json.dumps(signed_root(root_payload())))
@@ -240,7 +243,7 @@ async def camera(folder: Path, kind: type[AgentProcess] = AgentUnit, **updates: 
         serving(files) as base,
         Cloud(thing) as cloud,
         Relay(cloud.port) as relay,
-        kind(folder / "a", relay.port, thing, updates={"keys_dir": str(keys), **updates}) as agent,
+        kind(folder / "a", relay.port, thing, **tables) as agent,
     ):
         made = Camera(agent, cloud, relay, files, base)
         await agent.start()
@@ -626,7 +629,7 @@ async def test_outside_its_window_an_update_waits_and_says_until_when(tmp_path):
     pipeline = Pipeline(tmp_path / "p")
     opens = (datetime.now(UTC) + timedelta(hours=3)).replace(minute=30, second=0, microsecond=0)
     window = f"{opens:%H:%M}-{opens + timedelta(minutes=10):%H:%M}"
-    extra = {"windows": [window], "targets": {"pipeline": pipeline.target}}
+    extra = {"maintenance": {"windows": [window]}, "targets": {"pipeline": pipeline.target}}
     async with camera(tmp_path / "c", BelievesItsClock, **extra) as c:
         job_id = c.offer("1.0", pipeline.version("1.0"), "pipeline")
         words = await c.waits("pipeline", "the update window opens")

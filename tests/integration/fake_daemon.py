@@ -7,7 +7,6 @@ each request, and keeps status.json as the daemon does, until SIGTERM.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from agent.api.openmetrics import Metric
 from agent.api.server import Server
+from agent.config.deliveries import Deliveries
 from agent.errors import CloudError, RefusedError
 from agent.jobs.document import parse
 from agent.updates.apply_lock import ApplyLocks
@@ -26,6 +26,34 @@ from agent.updates.apply_lock import ApplyLocks
 def entry(value: Any, origin: str = "default", *, since: float | None = None, remote: bool = False) -> dict[str, Any]:
     """A setting as the agent shows it."""
     return {"value": value, "origin": origin, "since": since, "remote": remote}
+
+
+EXPLAINED: dict[str, dict[str, Any]] = {
+    "telemetry.interval_s": {
+        "value": 30.0,
+        "origin": "shadow version 12",
+        "overrides": [
+            {"origin": "job lower-the-rate-of-reports-in-the-north-3", "value": 40},
+            {"origin": "site file", "value": 45},
+            {"origin": "default", "value": 60},
+        ],
+        "default": 60,
+        "unit": "s",
+        "remote": True,
+        "applies": "live",
+        "description": "Length of a report's window.",
+    },
+    "cloud.endpoint": {
+        "value": "a1b2c3d4e5f6g7-ats.iot.eu-west-1.amazonaws.com",
+        "origin": "site file",
+        "overrides": [{"origin": "default", "value": None}],
+        "default": None,
+        "unit": None,
+        "remote": False,
+        "applies": None,
+        "description": "Host name of AWS IoT.",
+    },
+}
 
 
 def healthy_state(now: float) -> dict[str, Any]:
@@ -127,6 +155,10 @@ def healthy_state(now: float) -> dict[str, Any]:
             },
         },
         "capture": {"sources": {"front": live}, "conditions": []},
+        "offers": {
+            "pipeline": [{"gain": 2, "camera": "rtsp://joe:secret@10.0.0.7/live"}, "applied"],
+            "lights": [None, "applied"],
+        },
     }
 
 
@@ -134,7 +166,8 @@ class FakeAgent:
     """Answers from `state`; a job named `broken` raises, one named `off-line` can't reach the cloud.
 
     `rollback` of the state is {"refused": [code, message, hint]}, or {"then": [status, …]}: how the target stands at each
-    look after it was taken back. `switching` is the target that is just being switched.
+    look after it was taken back. `switching` is the target that is just being switched. `offers` has the document and the
+    state of each config target, at the start; later ones go to `deliveries`.
     """
 
     def __init__(self, state: dict[str, Any], locks_file: Path = Path("/nonexistent/locks")) -> None:
@@ -144,12 +177,19 @@ class FakeAgent:
         self._then: list[dict[str, Any]] = []
         self.cancelled: list[tuple[str, str]] = []
         self.planned: list[Any] = []
+        self.deliveries = Deliveries(self.state.get("offers", {}), heartbeat_s=0.5)
+        self.put_out()
         self.streams_open = 0
         self.stream_interval_s = 0.02
 
     @property
     def state(self) -> dict[str, Any]:
         return self._state
+
+    def put_out(self) -> None:
+        """Offer what the state has."""
+        for name, (document, state) in self.state.get("offers", {}).items():
+            self.deliveries.offer(name, document, state)
 
     async def status(self) -> dict[str, Any]:
         return dict(self.state["status"])
@@ -188,19 +228,21 @@ class FakeAgent:
         return dict(self.state["config"])
 
     def explain(self, key: str) -> dict[str, Any]:
-        if key != "telemetry.interval_s":
+        if key not in EXPLAINED:
             raise RefusedError("unknown_key", f"{key} is no key of agent.toml", "did you mean telemetry.interval_s?")
-        return {
-            "key": key,
-            "value": 30.0,
-            "origin": "shadow version 12",
-            "since": None,
-            "overrides": [{"origin": "site file", "value": 45}, {"origin": "default", "value": 60}],
-            "default": 60,
-            "unit": "s",
-            "remote": True,
-            "description": "Length of a report's window.",
-        }
+        return {"key": key, "since": None, **EXPLAINED[key]}
+
+    def config_targets(self) -> dict[str, Any]:
+        return self.deliveries.listing()
+
+    def config_target(self, name: str) -> dict[str, Any]:
+        return self.deliveries.current(name)
+
+    def follow_config_target(self, name: str) -> AsyncIterator[dict[str, Any]]:
+        return self.deliveries.follow(name)
+
+    def confirm_config_target(self, name: str, digest: str, *, accepted: bool, message: str) -> None:
+        self.deliveries.confirm(name, digest, accepted=accepted, message=message)
 
     def capture(self) -> dict[str, Any]:
         return dict(self.state["capture"])
@@ -252,14 +294,20 @@ class FileAgent(FakeAgent):
     """Answers from a file that a test may rewrite at any time."""
 
     def __init__(self, state_file: Path) -> None:
-        super().__init__({}, state_file.with_name("apply-locks.json"))
         self._file = state_file
+        super().__init__({}, state_file.with_name("apply-locks.json"))
 
     @property
     def state(self) -> dict[str, Any]:
         state = json.loads(self._file.read_text())
         assert isinstance(state, dict)
         return state
+
+
+async def _keep_offering(agent: FileAgent) -> None:
+    while True:
+        await asyncio.sleep(0.05)
+        agent.put_out()
 
 
 async def _serve(runtime_dir: Path, state_file: Path) -> None:
@@ -273,10 +321,11 @@ async def _serve(runtime_dir: Path, state_file: Path) -> None:
 
     await keep(running=True)
     task = asyncio.create_task(server.run())
+    offering = asyncio.create_task(_keep_offering(agent))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     print("listening", time.time(), flush=True)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait({task, offering}, return_when=asyncio.FIRST_COMPLETED)
+    offering.cancel()
     await keep(running=False)
 
 

@@ -63,7 +63,7 @@ class Camera:
         self._shell = SHELLS[shell]
         self._path = os.environ["PATH"]
         for place in (self.root / "slots", self.runtime):
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
         if shell == "busybox":
             (folder / "applets").mkdir()
             for name in APPLETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
@@ -139,7 +140,11 @@ READING = [
     ["config", "show", "--changed"],
     ["config", "get", "telemetry.interval_s"],
     ["config", "explain", "telemetry.interval_s"],
+    ["config", "explain", "cloud.endpoint"],
     ["config", "diff"],
+    ["config", "target"],
+    ["config", "target", "pipeline"],
+    ["config", "target", "lights"],
     ["update"],
     ["update", "status"],
     ["capture"],
@@ -513,7 +518,184 @@ def test_config_diff_exits_10_when_it_differs(camera: Camera):
     assert "must be 1 or more" in done.stdout
     code, document = camera.json("config", "diff")
     assert code == 10
-    assert document["differences"] == [{"pointer": "/agent/telemetry/interval_s", "wanted": 0, "in_force": 30.0}]
+    assert document["differences"] == [
+        {
+            "pointer": "/agent/telemetry/interval_s",
+            "wanted": 0,
+            "in_force": 30.0,
+            "origin": "shadow version 12",
+        }
+    ]
+
+
+def test_config_show_says_what_a_trial_waits_for_and_why_one_ended(camera: Camera):
+    camera.state["config"]["shadow"] |= {
+        "state": "trial",
+        "waits_for": "the maintenance window 22:00-04:00 Europe/Berlin, which opens at 2026-11-23 22:00:00 CET",
+        "errors": [{"pointer": "/targets/pipeline", "message": "too fast " * 12, "code": "refused_by_program"}],
+    }
+    job = "job " + "a" * 64
+    camera.state["config"]["effective"] |= {
+        "labels.site": {"value": "north " * 20, "origin": job, "since": None, "remote": True},
+        "labels.lane": {"value": "7", "origin": job, "since": None, "remote": True},
+        "log.level": {"value": "debug", "origin": "job raise-the-level", "since": None, "remote": True},
+    }
+    camera.write()
+    shown = camera.run("config").stdout
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    words = " ".join(line.lstrip("# ") for line in shown.splitlines() if line.startswith("#"))
+    assert "waits for: the maintenance window 22:00-04:00 Europe/Berlin, which opens at 2026-11-23" in words
+    assert "why: /targets/pipeline too fast too fast" in words
+    assert f'\nlane = "7"\n    # {job}\n' in shown
+    assert re.search(r'^level = "debug" +# job raise-the-level$', shown, re.MULTILINE)
+    assert "the maintenance window" in camera.json("config")[1]["shadow"]["waits_for"]
+
+
+def test_config_explain_names_the_class_and_all_that_is_overridden_in_order(camera: Camera):
+    shown = camera.run("config", "explain", "telemetry.interval_s").stdout
+    assert "class      live: the cloud may set it, in force at once" in shown
+    layers = [line.split() for line in shown.splitlines() if "overrides" in line]
+    assert [(layer[1], layer[3]) for layer in layers] == [("40", "job"), ("45", "site"), ("60", "default")]
+    assert "local only: the cloud may not set it" in camera.run("config", "explain", "cloud.endpoint").stdout
+
+
+# ---- config target ----------------------------------------------------------------------------------------------------
+
+DIGESTS = {
+    name: hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    for name, document in (("own", healthy_state(0)["offers"]["pipeline"][0]), ("new", {"gain": 3}))
+}
+
+
+def offer(camera: Camera, document: dict[str, Any] | None, state: str) -> None:
+    camera.state["offers"]["pipeline"] = [document, state]
+    camera.write()
+
+
+def test_config_target_tells_what_a_program_should_run_with(camera: Camera):
+    shown = camera.run("config", "target", "pipeline").stdout
+    assert shown.startswith("pipeline: applied, not confirmed by the program\n")
+    assert DIGESTS["own"] in shown
+    assert re.search(r"^gain +2$", shown, re.MULTILINE)
+    assert camera.json("config", "target", "pipeline")[1]["document"]["gain"] == 2
+    assert "the program uses its own" in camera.run("config", "target", "lights").stdout
+    lines = camera.run("config", "target").stdout.splitlines()
+    assert lines[0].split()[:3] == ["pipeline", DIGESTS["own"][:12], "applied,"]
+    assert lines[1].split()[:3] == ["lights", "-", "applied,"]
+    assert camera.json("config", "target")[1]["targets"].keys() == {"pipeline", "lights"}
+
+
+def test_config_target_confirms_and_refuses(camera: Camera):
+    done = camera.run("config", "target", "pipeline", "--confirm", DIGESTS["own"])
+    assert (done.returncode, done.stdout) == (0, "pipeline: confirmed\n")
+    assert "the program runs with it" in camera.run("config", "target").stdout
+    done = camera.run("config", "target", "pipeline", "--confirm", DIGESTS["own"], "--refuse", "too fast\nby far")
+    assert (done.returncode, done.stdout) == (0, "pipeline: refused\n")
+    assert "the program refuses it: too fast by far" in camera.run("config", "target", "pipeline").stdout
+    assert camera.run("config", "target", "lights", "--confirm", "").returncode == 0
+    code, document = camera.json("config", "target", "pipeline", "--confirm", DIGESTS["own"])
+    assert (code, document["confirmed"], document["refused"]) == (0, True, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["pipeline", "--confirm", "x"], 1, "outdated"),
+        (["pipe/../line"], 5, "unknown_target"),
+        (["none", "--follow"], 5, "unknown_target"),
+        (["none", "--confirm", "x"], 5, "unknown_target"),
+        (["pipeline", "--refuse", "why"], 2, "usage"),
+        (["pipeline", "--follow", "--confirm", "x"], 2, "usage"),
+        (["--follow"], 2, "usage"),
+        (["--confirm", "x"], 2, "usage"),
+        ([""], 2, "usage"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_config_target_says_what_is_wrong(camera: Camera, words: list[str], code: int, said: str):
+    returned, document = camera.json("config", "target", *words)
+    assert (returned, document["error"]["code"]) == (code, said)
+
+
+@needs_root
+def test_config_target_is_not_confirmed_by_anybody(camera: Camera):
+    camera.socket.chmod(0o666)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", *AGENTCTL, "config", "target", "pipeline", "--confirm", "x"],
+        cwd=ROOT,
+        env=camera.env(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "config.targets.pipeline.users of agent.toml" in done.stderr
+
+
+@contextmanager
+def following(camera: Camera, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`agentctl config target pipeline --follow` into a pipe."""
+    process = subprocess.Popen(
+        [*AGENTCTL, "config", "target", "pipeline", "--follow", *options],
+        cwd=ROOT,
+        env=camera.env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def test_config_target_follows_changes_also_over_a_restart_of_the_agent(camera: Camera):
+    with following(camera) as process:
+        assert process.stdout
+        first = json.loads(process.stdout.readline())
+        assert (first["document"]["gain"], first["schema"]) == (2, 1)
+        offer(camera, {"gain": 3}, "trial")
+        assert json.loads(process.stdout.readline())["digest"] == DIGESTS["new"]
+        camera.stop(signal.SIGKILL)
+        camera.start()
+        camera.run("config", "target")  # its first client loads what answers
+        fds = Path(f"/proc/{process.pid}/fd")
+        while not any("socket" in str(fd.readlink()) for fd in fds.iterdir()):
+            time.sleep(0.05)
+        time.sleep(0.5)  # so that it most likely has got again what it has shown
+        offer(camera, None, "applied")
+        assert json.loads(process.stdout.readline())["document"] is None, "what it has shown it does not show again"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 0
+
+
+def test_config_target_ends_when_nobody_reads_it_any_more(camera: Camera):
+    with following(camera, "--json") as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 0, "noticed without a change"
+        assert process.stderr
+        assert process.stderr.read() == ""
+        process.stdout = None
+
+
+def test_config_target_on_a_terminal_is_for_people(camera: Camera):
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [*AGENTCTL, "config", "target", "pipeline", "--follow"], cwd=ROOT, env=camera.env(), stdout=follower
+    )
+    os.close(follower)
+    shown = ""
+    while "gain" not in shown or not shown.endswith("\n"):
+        shown += os.read(leader, 4096).decode()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    os.close(leader)
+    assert "pipeline: applied, not confirmed by the program" in shown
+    assert '{"' not in shown
 
 
 # ---- capture and metrics ----------------------------------------------------------------------------------------------

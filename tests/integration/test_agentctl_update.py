@@ -93,7 +93,7 @@ def test_all_that_is_known_is_told(camera: Camera):
         "front: sharpness fell",
         "refused 1.4.9 (9f86d081884c), taken back twice: capture_worse",
         "Window 22:00-04:00, sat,sun 00:00-24:00 Europe/Madrid: the update window opens Sat",
-        "Lock capture-pipeline holds off switches for 4 min more: finishing a recording",
+        "Lock capture-pipeline holds off changes for 4 min more: finishing a recording",
         "SUCCEEDED",
     ):
         assert words in told, words
@@ -326,7 +326,7 @@ def test_a_person_is_told_what_will_happen_and_may_say_yes(camera: Camera):
     code, shown = answered(camera, "y\n")
     assert code == 0
     assert "pipeline goes back from 1.4.2 to 1.4.1. What runs it is restarted" in shown
-    assert "it does not wait for this: capture-pipeline holds off switches for 4 min more" in shown
+    assert "it does not wait for this: capture-pipeline holds off changes for 4 min more" in shown
     assert "it went back" in shown
 
 
@@ -344,7 +344,7 @@ def test_an_update_on_trial_is_ended(camera: Camera):
 def test_a_lock_is_taken_seen_and_released(camera: Camera):
     done = camera.run("update", "lock", "--for", "300", "--holder", "calibration", "--reason", "focus")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("calibration holds off switches for 5 min more: focus\nuntil ")
+    assert done.stdout.startswith("calibration holds off changes for 5 min more: focus\nuntil ")
     assert "calibration holds off" in camera.run("update").stdout
     code, document = camera.json("update", "lock", "--for", "60")
     assert code == 0

@@ -1,4 +1,4 @@
-"""The locks against switching, over the real API: who may, for how long, what restarts keep, and hostile requests."""
+"""The apply locks, over the real API: who may, for how long, what restarts keep, and hostile requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 
 from agent.api.server import Server
 from agent.errors import FailedError, RefusedError
-from agent.settings import Settings, Updates
+from agent.maintenance import Maintenance
+from agent.settings import Maintenance as MaintenanceSettings
+from agent.settings import Settings
 from agent.updates.apply_lock import MAX_HOLDER, MAX_LOCKS, MAX_REASON, ApplyLocks
 from agent.updates.holds import Holds
 from agent.views import Parts, View
@@ -104,6 +106,8 @@ async def camera(folder: Path) -> AsyncIterator[Camera]:
 
 
 async def test_a_lock_is_taken_listed_renewed_and_released(camera: Camera):
+    told: list[str] = []
+    camera.locks.on_change(lambda: told.append("released"))
     status, answer = await camera.take(holder="capture-pipeline", seconds=300, reason="finishing a recording")
     expected = {"holder": "capture-pipeline", "reason": "finishing a recording", "by": f"local:{ME}"}
     assert (status, answer["lock"]) == (200, expected | {"expires_in_s": 300.0})
@@ -115,7 +119,7 @@ async def test_a_lock_is_taken_listed_renewed_and_released(camera: Camera):
     assert [lock["expires_in_s"] for lock in await camera.held()] == [5.0]
     status, answer = await camera.ask("POST", "/v1/updates/unlock", {"holder": "capture-pipeline"})
     assert (status, answer["locks"]) == (200, [])
-    assert camera.locks.changed.is_set()
+    assert told == ["released"]
     assert (await camera.ask("POST", "/v1/updates/unlock", {"holder": "capture-pipeline"}))[0] == 404
 
 
@@ -169,11 +173,13 @@ async def test_a_switch_that_begins_while_the_lock_is_written_refuses_it_too(tmp
     """The answer must not be that the lock is held when the switch has begun before it."""
     answers = iter(["", "pipeline is ARMED"])
     locks = ApplyLocks(tmp_path / "locks.json", 3600, switching=lambda: next(answers), boot=lambda: "b")
+    told: list[str] = []
+    locks.on_change(lambda: told.append("put back"))
     with pytest.raises(RefusedError) as caught:
         await locks.take("pipeline", 300, "", by="local:root")
     assert caught.value.code == "switching"
     assert locks.held() == []
-    assert locks.changed.is_set()
+    assert told == ["put back"], "who has seen it meanwhile looks again"
     again = ApplyLocks(tmp_path / "locks.json", 3600, boot=lambda: "b")
     await again.load()
     assert again.held() == []
@@ -494,16 +500,19 @@ async def test_what_holds_an_update_is_told_with_the_window(camera: Camera):
     async def received_at(_: str) -> float | None:
         return None
 
-    configured = Updates(windows=["22:00-04:00"])
-    camera.parts.holds = Holds(
-        configured, "cam-0412", camera.locks, received_at=received_at, wall=lambda: 1_795_867_200.0
+    maintenance = Maintenance(
+        MaintenanceSettings(windows=["22:00-04:00"], jitter_s=60), "cam-0412", wall=lambda: 1_795_867_200.0
     )
+    camera.parts.holds = Holds(maintenance, camera.locks, 30, received_at=received_at)
     await camera.take(holder="pipeline", seconds=60)
     _, answer = await camera.ask("GET", "/v1/updates")
     assert [lock["holder"] for lock in answer["locks"]] == ["pipeline"]
-    assert answer["window"]["windows"] == ["22:00-04:00"]
+    assert list(answer["window"]) == ["windows", "time_zone", "jitter_s", "opens_at", "closes_at", "state", "words"]
+    assert (answer["window"]["windows"], answer["window"]["jitter_s"]) == (["22:00-04:00"], 60)
     assert answer["window"]["state"] in ("closed", "unknown"), "by this machine's clock, or not believed"
     assert answer["window"]["words"]
     hold = await camera.parts.holds.hold("switch", "j")
     assert hold
     assert "pipeline holds the apply lock for 60 s more" in hold.words
+    maintenance.reconfigure(MaintenanceSettings())
+    assert (await camera.ask("GET", "/v1/updates"))[1]["window"]["state"] == "always"

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from agent import settings as schema
+from agent import setting_keys as schema
+from agent import settings_file
 from agent.config import records
 from agent.config.configuration import Configuration
+from agent.config.deliveries import Deliveries
 from agent.errors import CloudError, FailedError, RefusedError
+from agent.maintenance import Hold
 from agent.settings import Remote, Settings
 from agent.store import Store
 from tests.fakes_shadow import ShadowCloud
@@ -65,7 +68,7 @@ class UnitState:
 class Site:
     """What survives on a camera's disk, and the programs beside the agent."""
 
-    def __init__(self, folder: Path, check: list[str] | None = None) -> None:
+    def __init__(self, folder: Path, check: list[str] | None = None, *, schema: bool = True) -> None:
         self.folder = folder
         self.pipeline, self.lens = folder / "pipeline.json", folder / "lens.toml"
         self.loaded: dict[str, bytes | None] = {}
@@ -85,7 +88,7 @@ class Site:
                 "targets": {
                     "pipeline": {
                         "path": str(self.pipeline),
-                        "schema_file": str(schema_file),
+                        **({"schema_file": str(schema_file)} if schema else {}),
                         "apply": "reload",
                         "unit": "pipeline.service",
                         **({"check": check} if check else {}),
@@ -119,12 +122,18 @@ class Camera:
         self.remote = schema.remote
         self.hears_desired = True
         self.refresh_s = 3600.0
+        self.boot_id = "one"
+        self.hold: Hold | None = None
+        self.hold_asked: list[str] = []
+        self.rebooting = asyncio.Event()
+        self.reconnects = 0
 
     async def start(self) -> None:
         self.store = await Store.open(self.site.folder / "state.db")
+        self.deliveries = Deliveries(self.site.document["config"]["targets"])
         self.configuration = Configuration(
             site=self.site.document,
-            settings=schema.validate(self.site.document, "site"),
+            settings=settings_file.validate(self.site.document, "site"),
             store=CutStore(self.store, self.step),
             shadow=self.cloud.reconnect(),
             units=self,
@@ -136,7 +145,11 @@ class Camera:
             settle_s=0,
             refresh_s=self.refresh_s,
             remote=self.remote,
-            boot_id="one",
+            boot_id=self.boot_id,
+            deliveries=self.deliveries,
+            hold=self.held,
+            reboot=self.reboot,
+            reconnect=self.reconnect,
         )
         self.cloud.on_desired = self.configuration.look_again if self.hears_desired else lambda: None
         self.task = asyncio.create_task(self.configuration.run())
@@ -192,6 +205,17 @@ class Camera:
 
     async def restart(self, unit: str) -> None:
         raise AssertionError(unit)
+
+    async def held(self, subject: str) -> Hold | None:
+        self.hold_asked.append(subject)
+        return self.hold
+
+    async def reboot(self) -> None:
+        self.rebooting.set()
+        await asyncio.Event().wait()
+
+    async def reconnect(self) -> None:
+        self.reconnects += 1
 
     async def state(self, unit: str) -> UnitState:
         return self.site.unit
@@ -372,10 +396,12 @@ async def test_a_removal_that_no_message_tells_is_noticed_by_looking(site: Site)
 async def test_everything_wrong_is_said_at_once_and_nothing_is_touched(site: Site) -> None:
     cloud = ShadowCloud()
     async with running(site, cloud) as camera:
-        first = cloud.want({"agent": {"cloud": {"port": 1}, "log": {"levle": "x"}}, "targets": {"nope": {"x": 1}}})
+        first = cloud.want(
+            {"agent": {"cloud": {"endpoint": "x"}, "log": {"levle": "x"}}, "targets": {"nope": {"x": 1}}}
+        )
         errors = (await camera.until("rejected", version=first))["errors"]
         assert sorted(error["pointer"] for error in errors) == [
-            "/agent/cloud/port",
+            "/agent/cloud/endpoint",
             "/agent/log/levle",
             "/targets/nope",
         ]
@@ -674,7 +700,7 @@ async def test_a_decision_to_take_it_back_holds_across_a_restart(tmp_path: Path)
     for cut_at in range(1, 100):
         folder = tmp_path / str(cut_at)
         folder.mkdir()
-        site, cloud = Site(folder), ShadowCloud()
+        site, cloud = Site(folder, schema=False), ShadowCloud()
         version = cloud.want(A)
         async with running(site, cloud, cut_at=cut_at, verdict=lambda: ["dark"]) as camera:
             try:
@@ -713,7 +739,7 @@ async def test_any_two_cuts_leave_the_old_or_the_new_whole(name: str, tmp_path: 
         nonlocal tried, ends_old, ends_new
         folder = tmp_path / f"{first}-{second}"
         folder.mkdir()
-        site, cloud = Site(folder), ShadowCloud()
+        site, cloud = Site(folder, schema=after is BAD), ShadowCloud()  # looking at a schema takes a process
         if before:
             async with running(site, cloud) as camera:
                 await camera.until("applied", version=cloud.want(before))

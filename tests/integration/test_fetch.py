@@ -474,7 +474,7 @@ async def test_a_missing_file_beside_an_expired_url_still_asks_for_new_urls(tmp_
 async def test_over_a_proxy(tmp_path):
     content = some_bytes(1000)
     async with answering(whole(content)) as (proxy, asked):
-        limits = Limits(proxy_url=proxy.replace("//", "//cam:p%40ss@"))
+        limits = Limits(proxy_url=lambda: proxy.replace("//", "//cam:p%40ss@"))
         path = await fetch(["http://artifacts.invalid/a?b"], **job(content, tmp_path, limits=limits))
     assert path.read_bytes() == content
     assert asked[0].startswith("GET http://artifacts.invalid/a?b HTTP/1.1")
@@ -486,7 +486,7 @@ async def test_a_proxy_that_refuses_is_waited_for_and_tells_no_password(tmp_path
     told = []
     refusal = b"HTTP/1.1 407 Login\r\nContent-Length: 0\r\n\r\n"
     async with answering(refusal) as (proxy, asked):
-        limits = Limits(proxy_url=proxy.replace("//", "//cam:canary@"), first_wait_s=0.001, longest_wait_s=0.01)
+        limits = Limits(proxy_url=lambda: proxy.replace("//", "//cam:canary@"), first_wait_s=0.001, longest_wait_s=0.01)
         calls = job(b"x", tmp_path, limits=limits, patience_s=0.3, on_wait=told.append)
         with pytest.raises(FailedError) as error:
             await fetch(["https://artifacts.invalid/a"], **calls)
@@ -566,7 +566,9 @@ async def test_a_redirect_to_the_camera_itself_is_not_asked_for(tmp_path):
     content = some_bytes(1000)
     location = f"http://127.0.0.1:1/admin?{SECRET}".encode()
     async with answering(moved(location)) as (proxy, asked):
-        limits = Limits(proxy_url=proxy, doubtful_s=0, first_wait_s=0.001, longest_wait_s=0.01, strange_answers=2)
+        limits = Limits(
+            proxy_url=lambda: proxy, doubtful_s=0, first_wait_s=0.001, longest_wait_s=0.01, strange_answers=2
+        )
         with pytest.raises(FailedError) as error:
             await fetch(["http://artifacts.invalid/a"], **job(content, tmp_path, limits=limits))
     assert error.value.code == "download_failed"

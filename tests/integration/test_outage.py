@@ -101,7 +101,7 @@ class Camera:
         )
         self.reports = Reports(
             self.outbox, sources, thing_name="cam", boot_id=self.boot, topics=TOPICS, agent={"version": "1"},
-            interval_s=60,
+            interval_s=60, labels={},
         )  # fmt: skip
         self._tasks = {asyncio.create_task(self.outbox.run()), asyncio.create_task(self.reports.run())}
 

@@ -741,6 +741,7 @@ async def test_a_message_and_a_record_are_of_one_transaction(store):
         topics={"report": "t/report", "event": "t/event"},
         agent={},
         interval_s=60,
+        labels={},
     )
 
     def decide(tables):

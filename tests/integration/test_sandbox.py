@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
-from agent import settings
+from agent import settings_file
 from agent.sandbox import fleet as fleets
 from agent.sandbox import pipeline, pipelinectl, seed
 from agent.sandbox.aws import PACKAGE_PARENT, Aws
@@ -355,7 +355,7 @@ async def test_proxy_plays_the_faults_of_a_network() -> None:
 async def test_whole_sandbox_starts_signs_and_leaves_nothing_behind(tmp_path: Path) -> None:
     async with fleets.running(tmp_path, cameras=2, agents=False, settings={"jobs": {"commands": "allow"}}) as sandbox:
         assert [camera.thing for camera in sandbox.cameras] == ["cam-0001", "cam-0002"]
-        loaded = [await asyncio.to_thread(settings.load, camera.config_file) for camera in sandbox.cameras]
+        loaded = [await asyncio.to_thread(settings_file.load, camera.config_file) for camera in sandbox.cameras]
         assert [(s.cloud.port, s.jobs.commands) for s in loaded] == [(sandbox.proxy.port, "allow")] * 2
         artifact = await asyncio.to_thread(pipeline.build_artifact, tmp_path / "artifacts", "1.1.0")
         document = await asyncio.to_thread(fleets.update_document, sandbox, artifact, "1.1.0", counter=2)
@@ -452,7 +452,7 @@ def test_camera_is_whole(aws: Aws, fleet: seed.Fleet, tmp_path: Path) -> None:
         tmp_path / "camera", aws, fleet, serial="77", interval_s=0.1, settings={"telemetry": {"interval_s": 5}}
     )
     try:
-        loaded = settings.load(camera.config_file)
+        loaded = settings_file.load(camera.config_file)
         assert (loaded.cloud.port, loaded.telemetry.interval_s) == (aws.mqtt_port, 5)
         assert loaded.provisioning.parameters == {"SerialNumber": "77"}
         assert len(str(loaded.api_socket)) < 100
@@ -487,7 +487,7 @@ def test_camera_is_whole(aws: Aws, fleet: seed.Fleet, tmp_path: Path) -> None:
 def test_pipeline_takes_a_new_configuration_and_refuses_a_bad_one(aws: Aws, fleet: seed.Fleet, tmp_path: Path) -> None:
     camera = make_camera(tmp_path / "camera", aws, fleet, interval_s=30)
     log = camera.pipeline_root / "run" / "pipeline.log"
-    target = settings.load(camera.config_file).config.targets["pipeline"]
+    target = settings_file.load(camera.config_file).config.targets["pipeline"]
     try:
         assert target.check
         assert isinstance(target.apply, list)

@@ -456,7 +456,7 @@ class TestOffline:
             peer.cut()
             await peer.until(lambda: len(peer.of(mqtt.CONNECT)) == 2)
             await session.wait_connected()
-            await session.restart_with(cloud)
+            await session.restart_with(cloud.model_copy(update={"keep_alive_s": 77}))
             await peer.until(lambda: len(peer.of(mqtt.CONNECT)) == 3)
         times = [p.at for p in peer.of(mqtt.CONNECT)]
         assert all(later - earlier >= 0.95 for earlier, later in itertools.pairwise(times))
@@ -479,7 +479,7 @@ class TestOffline:
                     await session.wait_connected()
                 peer.disconnect(0x8E)
                 await link_where(session, lambda link: link.state == "offline")
-            await session.restart_with(cloud)
+            await session.restart_with(cloud.model_copy(update={"keep_alive_s": 77}))
             async with asyncio.timeout(20):
                 await session.wait_connected()
 

@@ -96,6 +96,9 @@ class Stubborn:
     def __init__(self) -> None:
         self.stops: list[int] = []
 
+    def start(self) -> None:
+        pass
+
     def stop(self, packet) -> None:
         self.stops.append(int(packet.reason_code))
 
@@ -106,6 +109,7 @@ async def test_a_stop_sends_a_disconnect_and_waits_for_its_end_ten_seconds_at_mo
     monkeypatch.setattr(connection_module, "STOP_TIMEOUT_S", 0.3)
     client = Stubborn()
     stubborn = Connection(lambda _: client, asyncio.get_running_loop())
+    stubborn.start()
     stubborn.opened.set_result(False)
     began = time.monotonic()
     async with asyncio.timeout(10):
@@ -115,6 +119,7 @@ async def test_a_stop_sends_a_disconnect_and_waits_for_its_end_ten_seconds_at_mo
 
     monkeypatch.setattr(connection_module, "STOP_TIMEOUT_S", 600)
     quick = Connection(lambda _: Stubborn(), asyncio.get_running_loop())
+    quick.start()
     quick.opened.set_result(False)
     closing = asyncio.create_task(quick.close())
     await asyncio.sleep(0.05)

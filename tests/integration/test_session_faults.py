@@ -349,11 +349,11 @@ async def test_subscriptions_that_are_never_answered_make_it_wait_longer_and_lon
             assert link.code == "no_answer"
             assert "iot:Subscribe" in link.hint
             assert link.since == since
-            attempts = session._history.attempts
+            attempts = session._pacing.history.attempts
             link = await link_where(session, lambda link: link.state == "connecting")
             assert link.code == "no_answer"
             await link_where(session, lambda link: link.state == "offline")
-            assert session._history.attempts == attempts + 1
+            assert session._pacing.history.attempts == attempts + 1
         peer.silent_kinds = set()
         async with asyncio.timeout(20):
             await session.wait_connected()

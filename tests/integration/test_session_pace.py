@@ -43,7 +43,7 @@ async def test_a_hundred_drops_of_every_kind_never_bring_two_connects_too_close(
                 peer.connack_reasons = [0x87 if number % 2 else -1]
             before = len(peer.of(mqtt.CONNECT))
             if number % 10 == 0:
-                await session.restart_with(cloud)
+                await session.restart_with(cloud.model_copy(update={"keep_alive_s": 30 + number}))
             else:
                 drops[number % 4]()
             await peer.until(lambda: len(peer.of(mqtt.CONNECT)) > before)

@@ -132,7 +132,7 @@ async def test_other_settings_try_the_will_again(peer, cloud, session):
     peer.refuse_wills[TOPIC] = 0x87
     async with running(session):
         peer.refuse_wills.clear()
-        await session.restart_with(cloud)
+        await session.restart_with(cloud.model_copy(update={"keep_alive_s": 77}))
         async with asyncio.timeout(20):
             await session.wait_connected()
     assert [will is None for will in wills(peer)] == [False, True, False]

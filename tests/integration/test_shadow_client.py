@@ -51,6 +51,7 @@ def answer(outcome: str, **body):
 
 
 class TestWire:
+    @pytest.mark.conformance("C-SHDW-01")
     async def test_only_exact_topics_are_subscribed(self, peer, session):
         ShadowClient(session, THING, "config").on_delta(lambda *_: None)
         async with running(session):
@@ -58,7 +59,10 @@ class TestWire:
         subscribed = [name for packet in peer.of(mqtt.SUBSCRIBE) for name in packet.filters]
         assert subscribed == [
             f"{SHADOW}/{name}"
-            for name in ("get/accepted", "get/rejected", "update/accepted", "update/rejected", "update/delta")
+            for name in (
+                *("get/accepted", "get/rejected", "update/accepted", "update/rejected"),
+                *("update/delta", "delete/accepted"),
+            )
         ]
 
     async def test_no_shadow_yet_is_none(self, peer, session):
@@ -80,6 +84,7 @@ class TestWire:
                 await shadow.report({"a": 1})
         assert (caught.value.code, caught.value.retryable) == (str(code), retryable)
 
+    @pytest.mark.conformance("C-SHDW-07")
     async def test_only_reported_is_written_and_without_a_version(self, peer, session):
         peer.serve(f"{SHADOW}/update", answer("accepted", version=4, state={}))
         shadow = ShadowClient(session, THING, "config")
@@ -89,6 +94,7 @@ class TestWire:
         assert body.pop("clientToken")
         assert body == {"state": {"reported": {"a": 1, "b": None}}}
 
+    @pytest.mark.conformance("C-SHDW-04")
     async def test_old_repeated_and_malformed_deltas_are_left_out(self, peer, session):
         shadow = ShadowClient(session, THING, "config")
         arrived: asyncio.Queue[tuple] = asyncio.Queue()
@@ -105,13 +111,60 @@ class TestWire:
             peer.send(f"{SHADOW}/update/delta", {"version": 1, "state": {"v": 1}})
             assert await arrived.get() == (1, {"v": 1})
 
-    async def test_a_reply_without_a_shadow_raises(self, peer, session):
-        peer.serve(f"{SHADOW}/get", answer("accepted", version="x"))
+    @pytest.mark.parametrize(
+        "body", [{"version": "x"}, {"state": {}}, {"version": True, "state": {}}, {"version": 1, "state": "x"}, {}]
+    )
+    async def test_a_reply_without_a_shadow_raises(self, peer, session, body):
+        peer.serve(f"{SHADOW}/get", answer("accepted", **body))
         shadow = ShadowClient(session, THING, "config")
         async with running(session):
             with pytest.raises(CloudError) as caught:
                 await shadow.get()
-        assert caught.value.code == "malformed_reply"
+        assert (caught.value.code, caught.value.retryable) == ("malformed_reply", True)
+
+    @pytest.mark.parametrize(
+        ("state", "desired", "reported"),
+        [
+            (None, {}, {}),
+            ({}, {}, {}),
+            ({"desired": None, "reported": None}, {}, {}),
+            ({"desired": [1], "reported": [1], "delta": [1]}, [1], {}),
+            ({"desired": "x", "reported": "x"}, "x", {}),
+            ({"desired": {"a": 1}, "reported": {"b": 1}}, {"a": 1}, {"b": 1}),
+        ],
+    )
+    async def test_a_section_in_another_form_is_told_apart_from_none(self, peer, session, state, desired, reported):
+        peer.serve(f"{SHADOW}/get", answer("accepted", version=3, metadata={}, state=state))
+        shadow = ShadowClient(session, THING, "config")
+        async with running(session):
+            assert await shadow.get() == Shadow(3, desired, reported, {})
+
+    async def test_a_delta_that_comes_while_a_report_is_under_way_is_told_after_its_answer(self, peer, session):
+        """Whatever the order of the two, and also when the report fails: what an operator did is never left out."""
+        shadow, arrived = ShadowClient(session, THING, "config"), []
+        shadow.on_delta(lambda version, _: arrived.append(version))
+        script: list[tuple[int, list[int]]] = [(2, [2]), (4, [3, 4]), (6, [6, 5]), (0, [8])]
+        expected = [[], [4], [6], [8]]
+
+        def service(packet):
+            version, deltas = script.pop(0)
+            for number in deltas:
+                yield f"{SHADOW}/update/delta", {"version": number, "state": {"v": number}}
+            body = {"version": version} if version else {"code": 400, "message": "no"}
+            token = packet.json()["clientToken"]
+            yield f"{packet.topic}/{'accepted' if version else 'rejected'}", {**body, "clientToken": token}
+
+        peer.serve(f"{SHADOW}/update", service)
+        peer.serve(f"{SHADOW}/get", answer("accepted", version=1, state={}))
+        async with running(session):
+            await shadow.get()
+            for told in expected:
+                arrived.clear()
+                try:
+                    await shadow.report({"a": 1})
+                except Rejected as error:
+                    assert error.code == "400"
+                assert arrived == told
 
 
 @pytest.fixture(scope="module")

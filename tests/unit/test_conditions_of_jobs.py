@@ -29,6 +29,7 @@ FACTS = facts(
     agent_version="0.2.0",
     thing_name="cam-0412",
     targets={"pipeline": "2.0~rc1", "never": None},
+    labels={"lane": "2"},
     own={"site": "Graz", "deviceType": ""},
 )
 
@@ -41,6 +42,7 @@ def condition(key, value, kind="stringEqual"):
     ("key", "kind", "value", "holds"),
     [
         ("os.id", "stringEqual", "debian", True),
+        ("label.lane", "stringEqual", "2", True),
         ("os.id", "stringEqual", ["ubuntu", "debian"], True),
         ("os.id", "stringEqual", "Debian", False),
         ("os.id", "stringEqual", "deb*", False),
@@ -141,7 +143,7 @@ def test_many_and_long_ones_stay_readable():
 
 def test_the_operators_facts_add_and_never_replace():
     own = {"site": "Graz", "os.id": "ubuntu", "operatingSystem": "ubuntu", "target.x.version": "9", "host.gpu": "yes"}
-    found = facts(HOST, agent_version="0.2.0", thing_name="c", targets={}, own=own)
+    found = facts(HOST, agent_version="0.2.0", thing_name="c", targets={}, labels={}, own=own)
     assert found == {
         **HOST,
         "agent.version": "0.2.0",

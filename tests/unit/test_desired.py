@@ -9,12 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent import settings as schema
+from agent import setting_keys as schema
+from agent import settings_file
 from agent.config import desired as wishes
-from agent.config import origins, records, reported
+from agent.config import origins, reported
 from agent.config import trial as trials
 from agent.config.desired import Desired, Problem
-from agent.config.records import InForce
+from agent.config.layers import InForce, Layer
 from agent.config.trial import Trial
 from agent.errors import RefusedError
 from agent.settings import Remote, Settings
@@ -26,7 +27,7 @@ SITE: dict[str, Any] = {
     "capture": {"slow_ratio": 0.8, "sources": {"front": {"directory": "/var/lib/capture/front"}}},
     "telemetry": {"interval_s": 30},
 }
-SETTINGS = schema.validate(SITE, "site")
+SETTINGS = settings_file.validate(SITE, "site")
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
 anything = st.recursive(
@@ -87,7 +88,27 @@ def test_a_document_nested_without_end_is_refused() -> None:
 
 
 def test_a_document_that_fits_no_shadow_is_refused() -> None:
-    assert problems({"targets": {"pipeline": {"x": "y" * 9000}}}) == {"": "too_large"}
+    document = {"targets": {"pipeline": {"x": "y" * 9000}}}
+    assert [problem.code for problem in wishes.parse(document)[1]] == ["too_large"]
+    assert problems(document) == {}, "shadow and fleet may set as much each"
+    assert problems({"targets": {"pipeline": {"x": "y" * 17_000}}}) == {"": "too_large"}
+
+
+@pytest.mark.parametrize("filling", ["x", "ä", "\U0001f4f7", '"', "\0", "\\"])
+def test_a_document_of_8192_bytes_is_taken_and_of_one_more_is_not(filling: str) -> None:
+    """Bytes are those of the shortest JSON, in which a character is itself."""
+
+    def document(length: int) -> Any:
+        return {"targets": {"pipeline": {"x": filling * length}}}
+
+    each = reported.size(document(1)) - reported.size(document(0))
+    tried = 0
+    for length in range((8100 - reported.size(document(0))) // each, 8200 // each):
+        size = reported.size(document(length))
+        codes = [problem.code for problem in wishes.parse(document(length))[1]]
+        assert codes == (["too_large"] if size > 8192 else []), size
+        tried += 1
+    print(f"{tried} sizes tried")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +125,8 @@ def test_a_document_that_fits_no_shadow_is_refused() -> None:
         ({"agent": {"cloud": {"endpoint": "evil.example"}}}, {"/agent/cloud/endpoint": "local_only"}),
         ({"agent": {"thing_name": "other"}}, {"/agent/thing_name": "local_only"}),
         ({"agent": {"jobs": {"allow": []}}}, {"/agent/jobs/allow": "local_only"}),
-        ({"agent": {"provisioning": {"parameters": {"a": "b"}}}}, {"/agent/provisioning/parameters": "local_only"}),
+        ({"agent": {"provisioning": {"parameters": {"a": "b"}}}}, {"/agent/provisioning/parameters/a": "local_only"}),
+        ({"agent": {"jobs": {"facts": {"site": "Graz"}}}}, {"/agent/jobs/facts/site": "local_only"}),
         ({"agent": {"capture": {"sources": {"front": {"directory": "/"}}}}}, {"/agent/capture/sources/front/directory": "local_only"}),
         ({"agent": {"capture": {"sources": {"back": {"interval_s": 1}}}}}, {"/agent/capture/sources/back/interval_s": "unknown_name"}),
         ({"agent": {"capture": None}}, {"/agent/capture": "wrong_type"}),
@@ -126,7 +148,7 @@ def test_the_words_help() -> None:
         return wishes.validate(SITE, document)[1][0].message
 
     assert words({"agent": {"telemetry": {"intervall_s": 5}}}) == "unknown key, did you mean interval_s?"
-    assert "local only" in words({"agent": {"cloud": {"port": 1}}})
+    assert "local only" in words({"agent": {"cloud": {"endpoint": "x"}}})
     assert words({"targets": {"pipelin": {}}}) == "unknown target, did you mean pipeline?"
     assert words({"agent": {"telemetry": {"interval_s": "60"}}}) == 'write 60.0 instead of "60"'
 
@@ -226,11 +248,12 @@ def test_reported_nulls_what_is_gone() -> None:
 
 
 def in_force(document: Any, version: int, at: float, before: InForce | None = None) -> InForce:
-    return records.put_in_force(wishes.parse(document)[0], version, at, before or InForce())
+    shadow = (before or InForce()).shadow.revised(wishes.parse(document)[0], f"shadow version {version}", at)
+    return InForce(version, shadow=shadow)
 
 
 def explain(key: str, force: InForce) -> dict[str, Any]:
-    candidate, _ = wishes.validate(SITE, {"agent": force.agent})
+    candidate, _ = wishes.validate(SITE, {"agent": force.desired.agent})
     assert candidate
     return origins.explain(key, SITE, candidate.settings, force)
 
@@ -305,10 +328,13 @@ def test_explain_refuses_what_is_no_key(key: str) -> None:
 
 
 def trial(**changes: Any) -> Trial:
+    shadow = Layer(
+        {"log": {"level": "debug"}}, {"pipeline": {"fps": 1}}, {"/agent/log/level": ("shadow version 4", 9.0)}
+    )
     values: dict[str, Any] = {
-        "version": 4, "agent": {"log": {"level": "debug"}}, "targets": {"pipeline": {"fps": 1}}, "changed": ("pipeline",),
-        "previous": {"pipeline": None}, "gated": True, "connectivity": False, "stable_for_s": 60.0, "reach_within_s": 0.0,
-        "reference": {"front": {"rate": 1}}, "started": 1000.0, "boot_id": "one",
+        "candidate": InForce(4, Layer({}, {}, {}), shadow), "job": "", "changed": ("pipeline",),
+        "previous": {"pipeline": None}, "gated": True, "connectivity": False, "reboots": False, "stable_for_s": 60.0,
+        "reach_within_s": 0.0, "reference": {"front": {"rate": 1}}, "started": 1000.0, "boot_id": "one",
     }  # fmt: skip
     return Trial(**{**values, **changes})
 
@@ -319,7 +345,8 @@ def test_one_unplanned_restart_is_an_attempt_the_second_takes_back() -> None:
     twice = trials.after_restart(once, 1040.0, "two")
     assert (twice.phase, twice.problems[0].code) == ("reverting", "trial_interrupted")
     assert "rebooted" in twice.problems[0].message
-    assert trials.after_restart(twice, 9999.0, "three") is twice
+    thrice = trials.after_restart(twice, 9999.0, "three")
+    assert (thrice.phase, thrice.problems, thrice.attempts) == ("reverting", twice.problems, 2)
 
 
 def test_the_deadline_holds_across_boots_and_a_clock_set_back_does_not_stretch_it() -> None:

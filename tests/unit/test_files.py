@@ -29,6 +29,17 @@ def test_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
+def test_an_existing_file_keeps_its_extended_attributes(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    file.write_bytes(b"one")
+    try:
+        os.setxattr(file, "user.note", b"kept")
+    except OSError as error:
+        pytest.skip(f"this file system has no extended attributes: {error.strerror}")
+    write_atomic(file, b"two")
+    assert os.getxattr(file, "user.note") == b"kept"
+
+
 def test_the_mode_does_not_depend_on_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:

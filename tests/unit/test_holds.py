@@ -1,193 +1,22 @@
-"""What an update waits for: windows and a camera's turn in them, also where clocks change, locks, power, temperature."""
+"""What an update waits for: its turn, also after restarts and while settings change, locks, power, temperature."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.host.power import Battery, battery
-from agent.settings import Updates
-from agent.timetable import Window, parse_window, soonest
-from agent.updates.apply_lock import ApplyLocks, Lock
-from agent.updates.holds import (
-    LONGEST_LOOK_S,
-    Hold,
-    Holds,
-    battery_hold,
-    heat_hold,
-    lock_hold,
-    next_opening,
-    open_stretch,
-    real_seconds,
-    together,
-    turn,
-    window_hold,
-)
-
-MADRID = ZoneInfo("Europe/Madrid")
-SATURDAY = datetime(2026, 11, 28, tzinfo=UTC)
-ZONES = [
-    ZoneInfo(name) for name in ("UTC", "Europe/Madrid", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu")
-]
-
-windows = st.builds(
-    Window, st.frozensets(st.integers(0, 6), min_size=1), st.integers(0, 1439), st.sampled_from([1, 30, 60, 360, 1440])
-)
-instants = st.floats(1_767_225_600, 1_798_761_600)  # the year 2026, with both changes of the clocks
-shares = st.floats(0, 1, exclude_max=True)
-
-
-def parsed(*texts: str) -> list[Window]:
-    return [parse_window(text) for text in texts]
-
-
-def at(text: str, zone: Any = UTC) -> datetime:
-    return datetime.fromisoformat(text).replace(tzinfo=zone)
-
-
-# ---- windows ----------------------------------------------------------------------------------------------------------
-
-
-def test_without_windows_nothing_waits():
-    assert window_hold([], SATURDAY, clock_believed=False, share=0.9, jitter_s=3600) is None
-
-
-def test_a_closed_window_says_when_it_opens():
-    hold = window_hold(parsed("sat 22:00-04:00"), at("2026-11-28 19:00:00", MADRID), clock_believed=True)
-    assert hold == Hold("window", "the update window opens Sat 22:00 CET, in 3 h 0 min", LONGEST_LOOK_S)
-
-
-def test_just_before_it_opens_it_is_looked_at_in_time():
-    hold = window_hold(parsed("22:00-04:00"), at("2026-11-28 21:59:30"), clock_believed=True)
-    assert hold
-    assert hold.look_again_s == 30
-    assert "in 30 s" in hold.words
-
-
-@pytest.mark.parametrize(("believed", "code"), [(False, "clock"), (None, None), (True, None)])
-def test_a_clock_that_is_not_set_closes_windows(believed: bool | None, code: str | None):
-    hold = window_hold(parsed("22:00-04:00"), at("2026-11-28 23:00:00"), clock_believed=believed)
-    assert (hold.code if hold else None) == code
-    if hold:
-        assert "timedatectl" in hold.words
-        assert hold.look_again_s >= 10
-
-
-@pytest.mark.parametrize(
-    ("texts", "local", "ago_h", "left_h"),
-    [
-        (["22:00-04:00"], "2026-11-28 23:00", 1, 5),
-        (["22:00-24:00", "00:00-04:00"], "2026-11-28 01:00", 3, 3),
-        (["22:00-24:00", "00:00-04:00"], "2026-11-28 00:00", 2, 4),
-        (["20:00-23:00", "22:00-04:00"], "2026-11-28 22:30", 2.5, 5.5),
-        (["sat,sun 00:00-24:00"], "2026-11-29 12:00", 36, 12),
-        (["fri-sun 00:00-24:00", "mon 00:00-06:00"], "2026-11-30 05:00", 77, 1),
-    ],
-)
-def test_windows_that_adjoin_are_one(texts: list[str], local: str, ago_h: float, left_h: float):
-    assert open_stretch(parsed(*texts), at(local)) == (timedelta(hours=ago_h), timedelta(hours=left_h))
-
-
-def test_a_window_that_never_closes_was_opened_long_ago():
-    ago, left = open_stretch(parsed("00:00-24:00"), at("2026-11-28 00:00")) or (timedelta(0), timedelta(0))
-    assert ago > timedelta(days=7)
-    assert left > timedelta(days=7)
-    for minute in range(24 * 60):
-        assert not window_hold(
-            parsed("00:00-24:00"),
-            SATURDAY + timedelta(minutes=minute),
-            clock_believed=True,
-            share=0.999,
-            jitter_s=86400,
-        )
-
-
-def test_a_closed_one_has_no_stretch_also_just_after_its_end():
-    assert open_stretch(parsed("22:00-04:00"), at("2026-11-28 04:00")) is None
-    assert open_stretch(parsed("22:00-04:00"), at("2026-11-28 12:00")) is None
-
-
-@given(st.lists(windows, min_size=1, max_size=3), instants, st.sampled_from(ZONES), shares, st.floats(0, 86_400))
-def test_a_hold_ends_after_finite_looks_and_never_polls_fast(
-    several: Sequence[Window], instant: float, zone: ZoneInfo, share: float, jitter_s: float
-):
-    """Looked at again whenever it says, the hold ends; and inside the stretch, not before this camera's turn."""
-    now, looks = instant, 0
-    while hold := window_hold(
-        several, datetime.fromtimestamp(now, zone), clock_believed=True, share=share, jitter_s=jitter_s
-    ):
-        assert 0.5 <= hold.look_again_s <= LONGEST_LOOK_S
-        now += hold.look_again_s
-        looks += 1
-        assert looks < 16 * 24 * 6, "more than a fortnight"
-    ago, left = open_stretch(several, datetime.fromtimestamp(now, zone)) or pytest.fail("closed")
-    assert ago.total_seconds() + 0.001 >= share * min(jitter_s, (ago + left).total_seconds() / 2)
-
-
-@given(st.lists(windows, min_size=1, max_size=3), instants, st.sampled_from(ZONES))
-def test_it_opens_when_it_says_however_clocks_change(several: Sequence[Window], instant: float, zone: ZoneInfo):
-    local = datetime.fromtimestamp(instant, zone)
-    if soonest(several, local) == timedelta(0):
-        return
-    opens, wait_s = next_opening(several, local)
-    then = datetime.fromtimestamp(instant + wait_s, zone)
-    skipped = opens.astimezone(UTC).astimezone(zone).replace(fold=0) != opens.replace(fold=0)
-    if not skipped:  # there is no such time on that night
-        assert abs(then.replace(tzinfo=None) - opens.replace(tzinfo=None)) < timedelta(seconds=1)
-
-
-@pytest.mark.parametrize(
-    ("local", "wait_h", "real_h"),
-    [
-        (datetime(2026, 3, 29, 1, 0, tzinfo=MADRID), 3, 2),
-        (datetime(2026, 3, 29, 4, 0, tzinfo=MADRID), 3, 3),
-        (datetime(2026, 10, 25, 1, 0, tzinfo=MADRID), 3, 4),
-        (datetime(2026, 10, 25, 2, 30, tzinfo=MADRID), 1, 2),
-        (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=MADRID), 1, 1),
-        (datetime(2026, 10, 25, 2, 10, fold=1, tzinfo=MADRID), 0.5, 0.5),
-    ],
-)
-def test_hours_on_the_wall_are_not_always_hours(local: datetime, wait_h: float, real_h: float):
-    assert real_seconds(local, timedelta(hours=wait_h)) == real_h * 3600
-
-
-# ---- a camera's turn --------------------------------------------------------------------------------------------------
-
-
-def test_turns_spread_a_fleet_evenly_and_never_change():
-    turns = [turn(f"cam-{number:05}", "update-17") for number in range(10_000)]
-    assert all(0 <= found < 1 for found in turns)
-    tenths = [sum(found * 10 // 1 == tenth for found in turns) for tenth in range(10)]
-    assert min(tenths) > 900
-    assert turns == [turn(f"cam-{number:05}", "update-17") for number in range(10_000)]
-    assert turn("cam-00001", "update-18") != turn("cam-00001", "update-17")
-    assert turn("ab", "c") != turn("a", "bc")
-    assert turn("cam-0412", "update-17") == pytest.approx(0.0372728, abs=1e-6), (
-        "a new agent keeps the turns of an old one"
-    )
-    print("10000 cameras tried")
-
-
-def test_in_a_window_a_camera_waits_for_its_turn():
-    night = parsed("22:00-04:00")
-    hold = window_hold(night, at("2026-11-28 22:10:00"), clock_believed=True, share=0.5, jitter_s=3600)
-    assert hold == Hold("jitter", "the window is open, this camera's turn in it is in 20 min", LONGEST_LOOK_S)
-    assert not window_hold(night, at("2026-11-28 22:30:00"), clock_believed=True, share=0.5, jitter_s=3600)
-
-
-@given(shares, st.floats(0, 86_400))
-def test_a_turn_is_in_the_first_half_of_the_window(share: float, jitter_s: float):
-    middle = at("2026-11-29 01:00:00")
-    assert not window_hold(parsed("22:00-04:00"), middle, clock_believed=True, share=share, jitter_s=jitter_s)
+from agent.maintenance import Hold, Maintenance, together, turn
+from agent.settings import Maintenance as MaintenanceSettings
+from agent.updates.apply_lock import ApplyLocks, Lock, changes_hold, lock_hold
+from agent.updates.holds import Holds, battery_hold, heat_hold
 
 
 class Time:
@@ -201,18 +30,34 @@ class Time:
         self.monotonic += seconds
 
 
-def holds_of(time: Time, tmp_path: Path, received: float | None = None, **options: Any) -> Holds:
-    keys = {key: options.pop(key) for key in list(options) if key in Updates.model_fields}
+def maintenance_of(time: Time, *, believed: bool = True, **keys: Any) -> Maintenance:
+    return Maintenance(MaintenanceSettings(**keys), "cam-0412", clock_believed=lambda: believed, wall=lambda: time.wall)
 
+
+def holds_of(
+    time: Time,
+    tmp_path: Path,
+    received: float | None = None,
+    *,
+    maintenance: Maintenance | None = None,
+    locks: ApplyLocks | None = None,
+    min_battery_percent: float = 30,
+    battery: Any = lambda: None,
+    too_hot: Any = str,
+    **keys: Any,
+) -> Holds:
     async def received_at(_: str) -> float | None:
         return received
 
-    locks = options.pop("locks", None) or ApplyLocks(tmp_path / "locks.json", 3600, now=lambda: time.monotonic)
-    options.setdefault("battery", lambda: None)
-    options.setdefault("clock_believed", lambda: True)
-    options.setdefault("received_at", received_at)
     return Holds(
-        Updates(**keys), "cam-0412", locks, wall=lambda: time.wall, monotonic=lambda: time.monotonic, **options
+        maintenance or maintenance_of(time, **keys),
+        locks or ApplyLocks(tmp_path / "locks.json", 3600, now=lambda: time.monotonic),
+        min_battery_percent,
+        received_at=received_at,
+        too_hot=too_hot,
+        battery=battery,
+        wall=lambda: time.wall,
+        monotonic=lambda: time.monotonic,
     )
 
 
@@ -287,7 +132,7 @@ async def test_before_a_download_only_the_turn_counts(tmp_path: Path):
         windows=["22:00-04:00"],
         battery=lambda: Battery(1, discharging=True),
         too_hot=lambda: "cpu is at 99 °C",
-        clock_believed=lambda: False,
+        believed=False,
     )
     assert await holds.hold("download", "j") is None
 
@@ -364,46 +209,152 @@ async def test_everything_at_once_and_nothing(tmp_path: Path):
     assert hold.code == "window"
     for words in ("window opens Sat 22:00 UTC", "pipeline holds the apply lock", "battery is at 12 %", "cpu is at 91"):
         assert words in hold.words
-    assert await holds.hold("arm", "j") == lock_hold(locks.held()), "at the last moment only locks count"
     time.sleep(10 * 3600)
     state |= {"hot": "", "battery": None}
     assert await holds.hold("switch", "j") is None
-    assert await holds.hold("arm", "j") is None
 
 
 async def test_a_release_wakes_who_waits(tmp_path: Path):
     time = Time()
     locks = ApplyLocks(tmp_path / "locks.json", 3600, now=lambda: time.monotonic)
-    holds = holds_of(time, tmp_path, locks=locks)
+    several = [holds_of(time, tmp_path, locks=locks) for _ in range(3)]
     await locks.take("pipeline", 300, "", by="local:root")
-    assert await holds.hold("switch", "j")
-    waiting = asyncio.create_task(holds.changed.wait())
+    for holds in several:
+        assert await holds.hold("switch", "j")
+    waiting = [asyncio.create_task(holds.changed.wait()) for holds in several]
     await asyncio.sleep(0)
-    assert not waiting.done()
+    assert not any(task.done() for task in waiting)
     await locks.release("pipeline", by="local:root")
     async with asyncio.timeout(10):
-        await waiting
-    assert await holds.hold("switch", "j") is None
+        await asyncio.gather(*waiting)
+    assert await several[0].hold("switch", "j") is None
 
 
-async def test_the_time_zone_counts(tmp_path: Path):
-    time = Time()  # 12:00 UTC is 23:00 in Sydney
-    assert await holds_of(time, tmp_path, windows=["22:00-04:00"]).hold("switch", "j")
-    sydney = await asyncio.to_thread(holds_of, time, tmp_path, windows=["22:00-04:00"], time_zone="Australia/Sydney")
-    assert not await sydney.hold("switch", "j")
+# ---- settings that change meanwhile -----------------------------------------------------------------------------------
+
+NIGHT = MaintenanceSettings(windows=["22:00-04:00"])
 
 
-async def test_how_the_windows_stand_is_told(tmp_path: Path):
+class Waiter:
+    """Something that waits, as an update does, until nothing holds it any more; `looks` counts how often it looked."""
+
+    def __init__(self, holds: Holds) -> None:
+        self.holds, self.looks, self.held = holds, 0, asyncio.Event()
+
+    async def run(self) -> None:
+        while hold := await self.holds.hold("switch", "j"):
+            self.looks += 1
+            self.words = hold.words
+            self.held.set()
+            await self.holds.changed.wait()  # in these tests no time passes
+            self.holds.changed.clear()
+
+    async def waits_again(self) -> str:
+        self.held.clear()
+        async with asyncio.timeout(10):
+            await self.held.wait()
+        return self.words
+
+
+@pytest.mark.parametrize(
+    "wider",
+    [
+        MaintenanceSettings(),
+        MaintenanceSettings(windows=["22:00-04:00", "11:00-13:00"]),
+        MaintenanceSettings(windows=["12:00-12:01"]),
+    ],
+)
+async def test_a_window_that_is_widened_ends_the_wait_at_once(tmp_path: Path, wider: MaintenanceSettings):
+    time = Time()  # it is 12:00
+    maintenance = maintenance_of(time, **NIGHT.model_dump())
+    waiter = Waiter(holds_of(time, tmp_path, maintenance=maintenance))
+    async with asyncio.timeout(10):
+        task = asyncio.create_task(waiter.run())
+        await waiter.held.wait()
+        maintenance.reconfigure(NIGHT.model_copy())
+        await asyncio.sleep(0)
+        assert (task.done(), waiter.looks, waiter.holds.changed.is_set()) == (False, 1, False), "nothing has changed"
+        maintenance.reconfigure(wider)
+        await task
+
+
+async def test_another_time_zone_ends_a_wait_or_makes_it_another(tmp_path: Path):
+    time = Time()  # 12:00 UTC is 23:00 in Sydney, and 13:00 in Madrid
+    maintenance = maintenance_of(time, **NIGHT.model_dump())
+    waiter = Waiter(holds_of(time, tmp_path, maintenance=maintenance))
+    madrid, sydney = await asyncio.to_thread(
+        lambda: [NIGHT.model_validate({**NIGHT.model_dump(), "time_zone": zone}) for zone in ZONES]
+    )
+    task = asyncio.create_task(waiter.run())
+    assert "22:00 UTC, in 10 h" in await waiter.waits_again()
+    maintenance.reconfigure(madrid)
+    assert "22:00 CET, in 9 h" in await waiter.waits_again()
+    maintenance.reconfigure(sydney)
+    async with asyncio.timeout(10):
+        await task
+
+
+ZONES = ("Europe/Madrid", "Australia/Sydney")
+
+
+async def test_a_window_that_is_narrowed_closes(tmp_path: Path):
     time = Time()
-    assert (await holds_of(time, tmp_path).window())["state"] == "always"
-    closed = await holds_of(time, tmp_path, windows=["22:00-04:00"]).window()
-    assert (closed["state"], closed["opens_at"]) == ("closed", time.wall + 10 * 3600)
-    time.sleep(11 * 3600)
-    opened = await holds_of(time, tmp_path, windows=["22:00-04:00"], jitter_s=86400).window()
-    assert (opened["state"], opened["opens_at"], opened["closes_at"]) == ("open", None, time.wall + 5 * 3600)
-    unknown = await holds_of(time, tmp_path, windows=["22:00-04:00"], clock_believed=lambda: False).window()
-    assert unknown["state"] == "unknown"
-    assert "timedatectl" in unknown["words"]
+    maintenance = maintenance_of(time)
+    holds = holds_of(time, tmp_path, maintenance=maintenance)
+    assert await holds.hold("switch", "j") is None
+    maintenance.reconfigure(NIGHT)
+    hold = await holds.hold("switch", "j")
+    assert hold
+    assert hold.code == "window"
+
+
+async def test_a_narrowing_while_the_charge_is_asked_for_counts(tmp_path: Path):
+    """What is looked at last is the window, so that nothing that came meanwhile is overlooked."""
+    time = Time()
+    maintenance, loop = maintenance_of(time), asyncio.get_running_loop()
+
+    def ask() -> None:
+        asyncio.run_coroutine_threadsafe(narrow(), loop).result(10)
+
+    async def narrow() -> None:
+        maintenance.reconfigure(NIGHT)
+
+    assert await holds_of(time, tmp_path, maintenance=maintenance, battery=ask).hold("switch", "j")
+
+
+async def test_jitter_that_changes_moves_a_turn_that_is_waited_for(tmp_path: Path):
+    time = Time()
+    maintenance = maintenance_of(time, jitter_s=7200)
+    holds, share = holds_of(time, tmp_path, time.wall, maintenance=maintenance), turn("cam-0412", "j")
+    for jitter_s in (7200, 3600, 86_400):
+        maintenance.reconfigure(MaintenanceSettings(jitter_s=jitter_s))
+        hold = await holds.hold("download", "j")
+        assert hold
+        assert hold.look_again_s == pytest.approx(share * jitter_s)
+    time.sleep(600)
+    maintenance.reconfigure(MaintenanceSettings(jitter_s=7200))
+    assert await waited(holds, time) == pytest.approx(share * 7200 - 600)
+    maintenance.reconfigure(MaintenanceSettings())
+    assert await holds.hold("download", "other") is None
+
+
+async def test_a_lock_and_a_window_hold_any_change(tmp_path: Path):
+    time = Time()
+    locks = ApplyLocks(tmp_path / "locks.json", 3600, now=lambda: time.monotonic)
+    maintenance = maintenance_of(time, windows=["22:00-04:00"])
+    await locks.take("pipeline", 300, "recording", by="local:root")
+    both = await changes_hold(maintenance, locks, "config 17", "configuration")
+    assert both
+    assert (both.code, both.look_again_s) == ("window", 300)
+    assert both.words == (
+        "the configuration window opens Sat 22:00 UTC, in 10 h 0 min; "
+        "pipeline holds the apply lock for 300 s more: recording"
+    )
+    maintenance.reconfigure(MaintenanceSettings())
+    lock = await changes_hold(maintenance, locks, "config 17", "configuration")
+    assert lock == lock_hold(locks.held())
+    time.sleep(300)
+    assert await changes_hold(maintenance, locks, "config 17", "configuration") is None
 
 
 # ---- batteries as the kernel shows them -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from agent.settings import RateLimit
+from agent.settings import RateLimit, Settings
 from agent.updates import rate
 from agent.updates.rate import BURST_S, PIECE_S, Pace, cap_by_hour, lowest_cap
 from tests.virtual_time import virtual_time
@@ -90,7 +90,24 @@ def test_the_cap_by_hour():
     expected = dict.fromkeys(range(24), 50_000) | dict.fromkeys((16, 17, 18), 10_000) | dict.fromkeys((2, 3, 4, 5), 0)
     assert caps == expected | dict.fromkeys((22, 23, 0, 1), 1_000_000)
     assert lowest_cap(limits, datetime(2026, 11, 22, 17, tzinfo=UTC)) == 50_000
-    assert cap_by_hour([], "UTC") is None
-    always = [RateLimit(hours="00:00-24:00", bytes_per_s=2048)]
-    for zone in ("UTC", "Europe/Madrid"):
-        assert cap_by_hour(always, zone)() == 2048
+
+
+def test_the_cap_follows_the_settings_in_force():
+    """Limits and time zone may change while the agent runs; in two zones half a day apart the same hours are others."""
+    day = {"hours": "06:00-18:00", "bytes_per_s": 2048}
+    present = Settings()
+    cap = cap_by_hour(lambda: present)
+    assert cap() == 0
+    present = settings_with([{**day, "hours": "00:00-24:00"}], "UTC")
+    assert cap() == 2048
+    caps = []
+    for zone in ("Etc/GMT-6", "Etc/GMT+6"):
+        present = settings_with([day], zone)
+        caps.append(cap())
+    assert sorted(caps) == [0, 2048]
+    present = Settings()
+    assert cap() == 0
+
+
+def settings_with(limits, zone):
+    return Settings.model_validate({"updates": {"rate_limits": limits}, "maintenance": {"time_zone": zone}})

@@ -26,6 +26,7 @@ def make(**changes):
         "conditions": ["capture.slow"],
         "agent": {"version": "0.1.0"},
         "outbox": {"messages": 0},
+        "labels": {"site": "A1", "lane": "2"},
     }
     return report.report(**{**parts, **changes})
 
@@ -40,6 +41,7 @@ def test_numbers_are_rounded_and_times_are_not():
     assert body["capture"]["front"]["bytes"] == 9_123_456
     assert body["start"] == 1767225600.123
     assert "corrupt" not in body["capture"]["front"], "an empty part is left out"
+    assert body["labels"] == {"site": "A1", "lane": "2"}
 
 
 def test_what_is_not_known_is_absent_never_zero():
@@ -49,13 +51,13 @@ def test_what_is_not_known_is_absent_never_zero():
 
 def test_an_event_carries_its_number_and_the_change():
     change = {"condition": "capture.stopped", "state": "set", "source": "front", "at": 1767225600.5}
-    body = json.loads(report.event(thing_name="cam", boot_id="b", seq=3, change=change))
-    assert {"thing": "cam", "boot_id": "b", "seq": 3, **change}.items() <= body.items()
+    body = json.loads(report.event(thing_name="cam", boot_id="b", seq=3, labels={"site": "A1"}, change=change))
+    assert {"thing": "cam", "boot_id": "b", "seq": 3, "labels": {"site": "A1"}, **change}.items() <= body.items()
 
 
 def test_an_ended_job_is_told_with_its_times_unrounded():
     job = {"id": "j", "status": "FAILED", "started_at": 1767225600.123, "ended_at": 1767225660.456, "details": {}}
-    body = json.loads(report.event(thing_name="cam", boot_id="b", seq=3, change={"job": job}))
+    body = json.loads(report.event(thing_name="cam", boot_id="b", seq=3, labels={}, change={"job": job}))
     assert body["job"] == {"id": "j", "status": "FAILED", "started_at": 1767225600.123, "ended_at": 1767225660.456}
 
 

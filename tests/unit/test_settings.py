@@ -2,15 +2,16 @@
 
 import pytest
 
-from agent import settings
+from agent import setting_keys, settings_file
 from agent.errors import SettingsError
-from agent.settings import validate
+from agent.settings import Settings
+from agent.settings_file import validate
 
 
 def load(tmp_path, text):
     path = tmp_path / "agent.toml"
     path.write_text(text)
-    return settings.load(path)
+    return settings_file.load(path)
 
 
 def test_an_empty_file_is_all_defaults(tmp_path):
@@ -44,9 +45,9 @@ def test_an_empty_file_is_all_defaults(tmp_path):
             "[updates.targets]\na = {installer = 'rauc'}\nb = {installer = 'rauc'}",
             "targets a and b have the same system",
         ),
-        ("[updates]\nwindows = ['22-04']", "updates.windows.0: write it as 22:00-04:00"),
-        ("[updates]\nwindows = ['mon-fry 22:00-04:00']", "is none of mon, tue"),
-        ("[updates]\ntime_zone = 'Madrid'", "updates.time_zone: give a name of the time zone database"),
+        ("[maintenance]\nwindows = ['22-04']", "maintenance.windows.0: write it as 22:00-04:00"),
+        ("[maintenance]\nwindows = ['mon-fry 22:00-04:00']", "is none of mon, tue"),
+        ("[maintenance]\ntime_zone = 'Madrid'", "maintenance.time_zone: give a name of the time zone database"),
         ("[[updates.rate_limits]]\nhours = '25:00-26:00'\nbytes_per_s = 5000", "25:00 is no time of day"),
         ("[config.targets.p]\npath = '/x'\napply = 'reload'", "apply = 'reload' needs unit"),
         ("[jobs]\nallow = ['format']", "jobs.allow.0"),
@@ -137,17 +138,17 @@ def test_every_mistake_is_named_at_once(tmp_path):
 
 def test_a_missing_or_unreadable_file(tmp_path):
     with pytest.raises(SettingsError, match="no such file"):
-        settings.load(tmp_path / "none.toml")
+        settings_file.load(tmp_path / "none.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SettingsError, match=r"binary\.toml"):
-        settings.load(tmp_path / "binary.toml")
+        settings_file.load(tmp_path / "binary.toml")
     with pytest.raises(SettingsError):
-        settings.load(tmp_path)
+        settings_file.load(tmp_path)
 
 
 def test_only_marked_keys_may_be_set_by_the_cloud():
-    assert settings.remote(("telemetry", "interval_s")).applies == "live"
-    assert settings.remote(("capture", "sources", "any", "interval_s"))
+    assert setting_keys.remote(("telemetry", "interval_s")).applies == "live"
+    assert setting_keys.remote(("capture", "sources", "any", "interval_s"))
     for local in (
         ("cloud", "endpoint"),
         ("jobs", "allow"),
@@ -155,7 +156,7 @@ def test_only_marked_keys_may_be_set_by_the_cloud():
         ("thing_name",),
         ("nothing", "here"),
     ):
-        assert settings.remote(local) is None
+        assert setting_keys.remote(local) is None
 
 
 def test_every_key_says_what_it_means():
@@ -163,13 +164,13 @@ def test_every_key_says_what_it_means():
 
     def walk(model, path):
         for name, field in model.model_fields.items():
-            inner = settings.section_at((*path, name)) or settings.section_at((*path, name, "x"))
+            inner = setting_keys.section_at((*path, name)) or setting_keys.section_at((*path, name, "x"))
             if inner:
-                walk(inner, (*path, name) if settings.section_at((*path, name)) else (*path, name, "x"))
+                walk(inner, (*path, name) if setting_keys.section_at((*path, name)) else (*path, name, "x"))
             elif not field.description:
                 undocumented.append(".".join((*path, name)))
 
-    walk(settings.Settings, ())
+    walk(Settings, ())
     assert undocumented == []
 
 

@@ -1,41 +1,81 @@
+"""What a JSON Schema has against a document, as the program that the agent starts for it judges."""
+
 from __future__ import annotations
 
-import json
-import tomllib
 from typing import Any
 
+import jsonschema
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
+from referencing.exceptions import Unresolvable
 
-from agent.config import targets
-from agent.errors import RefusedError
+from agent.config.schema_check import MAX_PROBLEMS, violations
 
-words = st.text(st.characters(exclude_categories=["Cs"]))
-scalars = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | words
-values = st.recursive(
-    scalars, lambda below: st.lists(below, max_size=4) | st.dictionaries(words, below, max_size=4), max_leaves=15
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "fps": {"type": "integer", "minimum": 1, "maximum": 30},
+        "lens": {"type": "object", "properties": {"focus": {"type": "number"}}, "required": ["focus"]},
+        "modes": {"type": "array", "items": {"enum": ["day", "night"]}},
+    },
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "words"),
+    [
+        ({"fps": 99}, ["fps"], "99 is greater than the maximum of 30"),
+        ({"fps": True}, ["fps"], "True is not of type 'integer'"),
+        ({"lens": {}}, ["lens"], "'focus' is a required property"),
+        ({"modes": ["day", "dusk"]}, ["modes", 1], "'dusk' is not one of"),
+        ({"a/b": 1}, [], "'a/b' was unexpected"),
+    ],
 )
-documents = st.dictionaries(words, values, max_size=5)
+def test_a_violation_says_where_and_what(document: dict[str, Any], path: list[str | int], words: str) -> None:
+    ((found, message),) = violations(SCHEMA, document)
+    assert found == path
+    assert words in message
 
 
-def canonical(document: Any) -> str:
-    return json.dumps(document, sort_keys=True)
+def test_a_good_document_has_none() -> None:
+    assert violations(SCHEMA, {"fps": 5, "lens": {"focus": 1.5}, "modes": ["night"]}) == []
 
 
-@given(documents)
-@example({"a": {"b": {}}, "c": [{"d": {"e": 1}}], "": {"\x7f\n\"'\\": "\x00\u2028"}, "x": 1e300, "y": -0.0})
-def test_a_document_survives_being_written_in_either_syntax(document: dict[str, Any]) -> None:
-    assert canonical(json.loads(targets.render(document, "json"))) == canonical(document)
-    assert canonical(tomllib.loads(targets.render(document, "toml").decode())) == canonical(document)
+@given(st.integers(0, 40))
+def test_at_most_ten_are_told_in_order_of_place(number: int) -> None:
+    document = {f"k{index:02}": "no number " * 100 for index in reversed(range(number))}
+    found = violations({"additionalProperties": {"type": "number"}}, document)
+    assert [path for path, _ in found] == [[f"k{index:02}"] for index in range(min(number, MAX_PROBLEMS))]
+    assert all(len(message) <= 200 for _, message in found)
 
 
-def test_toml_is_readable() -> None:
-    text = targets.render({"fps": 2, "lens": {"focus": 1.5}, "names": ["a", "b"]}, "toml").decode()
-    assert text == 'fps = 2\nnames = ["a", "b"]\n\n[lens]\nfocus = 1.5\n'
+def test_format_is_an_annotation() -> None:
+    assert violations({"properties": {"host": {"format": "ipv4"}}}, {"host": "not at all"}) == []
 
 
-def test_what_toml_can_not_hold_is_refused() -> None:
-    with pytest.raises(RefusedError) as caught:
-        targets.render({"a": [1, None]}, "toml")
-    assert caught.value.code == "target_format"
+def test_an_older_draft_is_used_where_the_schema_names_it() -> None:
+    schema = {"properties": {"size": {"items": [{"type": "integer"}], "additionalItems": False}}}
+    draft_7 = {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
+    assert [path for path, _ in violations(draft_7, {"size": ["a", 2]})] == [["size"], ["size", 0]]
+    with pytest.raises(jsonschema.SchemaError):
+        violations(schema, {})
+
+
+def test_references_find_the_schema_itself_and_the_standards_own_and_nothing_else() -> None:
+    schema = {"$defs": {"n": {"type": "integer"}}, "properties": {"a": {"$ref": "#/$defs/n"}}}
+    assert [path for path, _ in violations(schema, {"a": "x"})] == [["a"]]
+    meta = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    assert [path for path, _ in violations(meta, {"type": 5})] == [["type"]]
+    for reference in ("http://127.0.0.1:9/x.json", "file:///etc/passwd", "other.json", "#/gone"):
+        with pytest.raises(Unresolvable):
+            violations({"$ref": reference}, {})
+
+
+def test_what_is_no_schema_raises() -> None:
+    for schema in (5, [], {"type": 5}, {"$schema": 5}, {"properties": {"a": {"pattern": "("}}}):
+        with pytest.raises(jsonschema.SchemaError):
+            violations(schema, {})
+    with pytest.raises(RecursionError):
+        violations({"$ref": "#"}, {})

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.timetable import DAYS, Window, parse_window, soonest
+from agent.timetable import DAYS, Window, next_opening, open_stretch, parse_window, soonest
 
-WEEK = 7 * 24 * 60
+DAY = 24 * 60
+WEEK = 7 * DAY
 MONDAY = datetime(2026, 11, 23, tzinfo=UTC)
 MADRID = ZoneInfo("Europe/Madrid")
 
@@ -187,3 +188,92 @@ def test_a_change_of_clocks_only_shifts_what_the_wall_says(window: Window, day: 
     same_wall = local.replace(tzinfo=UTC, fold=0)
     assert window.left(local) == window.left(same_wall)
     assert window.until(local) == window.until(same_wall)
+
+
+NIGHTS = {
+    "Europe/Madrid": ["2026-03-29", "2026-10-25"],
+    "America/New_York": ["2026-03-08", "2026-11-01"],
+    "Australia/Lord_Howe": ["2026-04-05", "2026-10-04"],  # half an hour
+    "Asia/Kolkata": ["2026-03-29"],  # never
+}
+"""Days in which clocks change, where they do."""
+ZONES = {name: ZoneInfo(name) for name in NIGHTS}
+TIMETABLES = [
+    ["01:00-04:00"],
+    ["02:00-03:00"],  # not there on a night, and twice on another
+    ["02:15-02:25"],
+    ["02:30-05:00"],
+    ["01:45-02:00"],
+    ["01:00-02:00"],
+    ["03:00-03:01"],
+    ["22:00-02:30"],
+    ["01:00-01:50", "02:10-02:40", "03:00-04:00"],
+    ["22:00-24:00", "00:00-01:30", "01:30-06:00"],
+    ["sun 02:30-02:00"],
+    ["sat 12:00-12:00", "sun 02:00-02:45"],
+    ["mon 02:15-02:20"],
+    ["00:00-24:00"],
+]
+
+
+def test_over_a_change_of_clocks_every_minute_is_told_as_it_passes():
+    """Against a walk along the minutes that pass, each looked up in the week by what the clock on the wall shows."""
+    tried = 0
+    for name, days in NIGHTS.items():
+        for day in days:
+            noon = int(datetime.fromisoformat(f"{day}T12:00").replace(tzinfo=ZONES[name]).timestamp())
+            passing = [datetime.fromtimestamp(noon - 36 * 3600 + 60 * minute, ZONES[name]) for minute in range(9 * DAY)]
+            shown = [(at.weekday() * 24 + at.hour) * 60 + at.minute for at in passing]
+            for texts in TIMETABLES:
+                windows = [parse_window(text) for text in texts]
+                week = set[int]().union(*map(minutes_of, windows))
+                tried += check_minutes(windows, passing, [minute in week for minute in shown])
+    print(f"{tried} minutes around changes of clocks tried")
+
+
+def check_minutes(windows: list[Window], passing: list[datetime], inside: list[bool]) -> int:
+    """Every minute of the night, every half hour of the two days around it."""
+    last, opened, tried = len(inside), 0, 0
+    opens, closes = [last] * (last + 1), [last] * (last + 1)
+    for minute in reversed(range(last)):
+        opens[minute] = minute if inside[minute] else opens[minute + 1]
+        closes[minute] = minute if not inside[minute] else closes[minute + 1]
+    for minute in range(2 * DAY):
+        local = passing[minute]
+        if not inside[minute]:
+            opened = minute + 1
+        if minute % 30 and not DAY - 30 < minute < DAY + 270:
+            continue
+        tried += 1
+        assert next_opening(windows, local).timestamp() == passing[opens[minute]].timestamp(), (windows, local)
+        stretch = open_stretch(windows, local)
+        assert (stretch is not None) is inside[minute], (windows, local)
+        if stretch:
+            ago, left = (part // timedelta(minutes=1) for part in stretch)
+            always = closes[minute] == last
+            assert left > 7 * DAY if always else left == closes[minute] - minute, (windows, local)
+            assert ago == minute - opened if opened else ago >= minute, (windows, local)
+    return tried
+
+
+@given(
+    st.lists(windows, min_size=1, max_size=4),
+    st.sampled_from(list(ZONES.values())),
+    st.floats(1_767_225_600, 1_798_761_600),  # the year 2026
+)
+def test_at_any_instant_of_the_year_an_opening_is_the_next_one(several: list[Window], zone: ZoneInfo, instant: float):
+    local = datetime.fromtimestamp(instant, zone)
+    opens = next_opening(several, local)
+    if opens is local:
+        ago, left = open_stretch(several, local) or pytest.fail("it is open")
+        for seconds in (0.001 - ago.total_seconds(), left.total_seconds() - 0.001):
+            there = datetime.fromtimestamp(instant + seconds, zone)
+            assert any(window.left(there) for window in several)
+        return
+    assert open_stretch(several, local) is None
+    assert any(window.left(opens) for window in several)
+    waits = opens.timestamp() - local.timestamp()
+    for share in (0.1, 0.5, 0.9):
+        assert not any(window.left(datetime.fromtimestamp(instant + share * waits, zone)) for window in several)
+    before = datetime.fromtimestamp(opens.timestamp() - 0.001, zone)
+    assert before < local or not any(window.left(before) for window in several)

@@ -149,8 +149,9 @@ class AgentInstaller:
         """Move `current` with the loader's trial the other way round. Raises FailedError slot_missing, agent_unfit."""
         program = self._root / previous / PROGRAM
         await self._starts(program, Path(previous).name[:12])
-        own = (await self.running())[0]
-        await to_end(self._write_trial, own or "", previous)
+        own, link = (await self.running())[0], (await to_end(self.slots.running))[0]
+        if link != previous:  # a cut came after the switch: what runs now must not become what the loader goes back to
+            await to_end(self._write_trial, own or "", previous)
         await to_end(self.slots.roll_back, previous)
 
     async def stay(self) -> None:

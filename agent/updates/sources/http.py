@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
@@ -41,7 +42,7 @@ class Limits(Protocol):
     @property
     def connect_s(self) -> float: ...
     @property
-    def proxy_url(self) -> str: ...
+    def proxy_url(self) -> Callable[[], str]: ...
 
 
 class Http:
@@ -95,7 +96,7 @@ class Http:
             kept = self._intake.part.origin
             if kept.source == source_of(url) and STRONG_ETAG.fullmatch(kept.etag):
                 headers["If-Range"] = kept.etag
-        proxy, own = self._limits.proxy_url or None, url
+        proxy, own = self._limits.proxy_url() or None, url
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 response = await self._opened().get(url, headers=headers, allow_redirects=False, proxy=proxy)

@@ -193,7 +193,7 @@ class Runner:
         self._control.disarm()
         for source, target in ((self._template, self._place.folder), (self._template_world, self._place.world)):
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target, symlinks=True)
+            shutil.copytree(source, target, symlinks=True, copy_function=_copied)
         self._disk.sync()
         self._boots.next()
 
@@ -264,6 +264,13 @@ def _children() -> list[psutil.Process]:
     while True:
         with contextlib.suppress(psutil.NoSuchProcess):  # one ended while it was looked at
             return psutil.Process().children(recursive=True)
+
+
+def _copied(source: str, target: str) -> None:
+    """With times, mode and owner."""
+    shutil.copy2(source, target)
+    status = Path(source).stat()
+    os.chown(target, status.st_uid, status.st_gid)
 
 
 def _load(name: str) -> Scenario:

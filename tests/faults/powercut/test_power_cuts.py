@@ -1,6 +1,6 @@
 """Power cuts on real file systems: before every call that changes something, the agent's own code, ext4 and xfs.
 
-A sample that covers every state of an update; with `--exhaustive` every call × each mode, and some cut a second time.
+A sample that covers every state of an update and of a configuration; with `--exhaustive` every call × each mode, and some cut a second time.
 """
 
 from __future__ import annotations
@@ -38,11 +38,26 @@ SCENARIOS = {
     "journal": "journal:Journal",
     "acts, commit": "acts:Acts:commit",
     "acts, roll back": "acts:Acts:roll_back",
+    "configuration, success": "configuration:Configuring:success",
+    "configuration, images get dark": "configuration:Configuring:dark",
+    "configuration, cloud unreachable": "configuration:Configuring:unreachable",
+    "configuration, revert fails": "configuration:Configuring:dark+stuck",
+    "configuration, reboot": "configuration:Configuring:reboot",
+    "configuration, reboot and back": "configuration:Configuring:reboot+dark",
+    "configuration, job": "configuration:Configuring:job",
+    "configuration, job taken back": "configuration:Configuring:job+dark",
+    "configuration, from the fleet's to the site's own": "configuration:Configuring:own",
 }
-SABOTAGE = {
-    "files are not synced": ("acts:Acts:commit", 1),
-    "the link is deleted and made": ("acts:Acts:anew", 0),
-}
+PER_LABEL = {"journal": 4, "configuration, success": 3, "configuration, from the fleet's to the site's own": 3}
+"""How many points of each state the sample has, where it is not one."""
+SABOTAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "files are not synced": ("acts:Acts:commit", "ext4", {"sabotage": 1, "per_label": 4}),
+    "the link is deleted and made": (
+        "acts:Acts:anew", "ext4", {"only": [(n, "log flushed", "arm") for n in range(1, 5)]},
+    ),
+    "a target's file is not synced": ("configuration:Configuring:unsynced", "xfs", {"per_label": 2}),
+    "a configuration is applied before it is kept": ("configuration:Configuring:hasty", "ext4", {"per_label": 2}),
+}  # fmt: skip
 
 
 def _missing() -> str:
@@ -140,9 +155,7 @@ def test_no_power_cut_leaves_anything_but_one_whole_version_and_one_true_end(cut
     limit_s = EXHAUSTIVE_LIMIT_S if exhaustive else LIMIT_S
 
     def enumerate_on(kind: str) -> Result:
-        sample = (
-            {} if exhaustive else {"per_label": 4 if scenario == "journal" else 1, "share": list(KINDS).index(kind)}
-        )
+        sample = {} if exhaustive else {"per_label": PER_LABEL.get(scenario, 1), "share": list(KINDS).index(kind)}
         return cut(limit_s, scenario=SCENARIOS[scenario], kind=kind, again=7, **sample)
 
     with ThreadPoolExecutor(len(KINDS)) as pool:
@@ -163,9 +176,8 @@ def test_no_power_cut_leaves_anything_but_one_whole_version_and_one_true_end(cut
 
 @pytest.mark.parametrize("fault", SABOTAGE)
 def test_cuts_find_what_is_not_durable(cut, fault):
-    scenario, sabotage = SABOTAGE[fault]
-    points = {"per_label": 4} if sabotage else {"only": [(n, "log flushed", "arm") for n in range(1, 5)]}
-    result = cut(LIMIT_S, scenario=scenario, kind="ext4", sabotage=sabotage, **points)
+    scenario, kind, points = SABOTAGE[fault]
+    result = cut(LIMIT_S, scenario=scenario, kind=kind, **points)
     tried = sum(cut["happened"] for cut in result.cuts)
     print(f"{tried} power cuts tried where {fault}: {len(result.violations)} violations found")
     assert result.violations

@@ -1,0 +1,123 @@
+"""Operation `configure`: what the fleet sets for a group of cameras, tried like everything that comes by the shadow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from agent.errors import FailedError, RefusedError
+from agent.jobs.operations.execution import Job
+
+TELL_EVERY_S = 60.0
+MOST_WORDS = 600
+
+
+class Problem(Protocol):
+    """Why a configuration is not in force."""
+
+    @property
+    def pointer(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+
+
+class Outcome(Protocol):
+    """What became of a change: `state` applied, rejected or reverted."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def problems(self) -> Sequence[Problem]: ...
+
+
+class SetFleet(Protocol):
+    """Changes the fleet layer for the execution `job`, and tells what became of it; may be called again after a restart."""
+
+    async def __call__(
+        self,
+        job: str,
+        patch: Mapping[str, Any],
+        *,
+        whole: bool,
+        cancelled: asyncio.Event,
+        tell: Callable[[str], None],
+    ) -> Outcome: ...
+
+
+class Judge(Protocol):
+    """What is wrong with such a change, and what it would do, in words; nothing is touched."""
+
+    async def __call__(self, patch: Mapping[str, Any], *, whole: bool) -> tuple[Sequence[Problem], list[str]]: ...
+
+
+class Configure:
+    """REJECTED with nothing touched, FAILED when it was taken back, SUCCEEDED when it is in force and proven."""
+
+    name = "configure"
+
+    def __init__(self, set_fleet: SetFleet, judge: Judge) -> None:
+        self._set_fleet = set_fleet
+        self._judge = judge
+
+    def check(self, document: Mapping[str, Any]) -> None:
+        """Nothing in its document can be refused before the camera's own state is known."""
+
+    async def plan(self, document: Mapping[str, Any]) -> list[str]:
+        """What `run` would do, in words. Raises RefusedError for what would be rejected."""
+        problems, words = await self._judge(_patch(document), whole=document["replace"])
+        if problems:
+            raise _refused(problems)
+        return words
+
+    async def run(self, job: Job) -> dict[str, str]:
+        """Raises RefusedError, FailedError; when cancelled on trial, what was on trial is taken back first."""
+        saves: set[asyncio.Task[None]] = set()
+        told = float("-inf")
+
+        def tell(words: str) -> None:
+            nonlocal told
+            if time.monotonic() - told >= TELL_EVERY_S and not saves:
+                told = time.monotonic()
+                save = asyncio.create_task(job.save({"asked": True}, words))
+                saves.add(save)
+                save.add_done_callback(saves.discard)
+
+        try:
+            outcome = await self._set_fleet(
+                f"{job.id}/{job.execution_number}",
+                _patch(job.document),
+                whole=job.document["replace"],
+                cancelled=job.cancelled,
+                tell=tell,
+            )
+        finally:
+            if saves:
+                await asyncio.wait(saves)
+        if outcome.state == "applied":
+            return {"message": "the configuration is in force and has proven itself"}
+        code = outcome.problems[0].code
+        if outcome.state == "rejected":
+            if code == "cancelled":
+                raise FailedError(code, "the job was cancelled, nothing was changed")
+            raise _refused(outcome.problems)
+        if any(problem.code in ("revert_failed", "reboot_failed") for problem in outcome.problems):
+            words = f"taking it back failed in part: {_words(outcome.problems)}"
+            raise FailedError("rollback_failed", words, "see to the camera")
+        raise FailedError(code, f"taken back: {_words(outcome.problems)}", "send other values")
+
+
+def _patch(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"agent": document["agent"], "targets": document["targets"]}
+
+
+def _refused(problems: Sequence[Problem]) -> RefusedError:
+    return RefusedError(problems[0].code, _words(problems), "send a configuration that this camera can take")
+
+
+def _words(problems: Sequence[Problem]) -> str:
+    words = "; ".join(f"{problem.pointer or '/'}: {problem.message}" for problem in problems)
+    return words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS]} … ({len(problems)} in all)"

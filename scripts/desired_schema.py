@@ -27,7 +27,7 @@ APPLIES = {
 _DAYS = "(mon|tue|wed|thu|fri|sat|sun)"
 _RANGE = f"{_DAYS}(-{_DAYS})?"
 _START = "([01][0-9]|2[0-3]):[0-5][0-9]"
-FORMS = {
+FORMS: dict[Any, dict[str, str]] = {
     Window: {"pattern": f"^({_RANGE}(,{_RANGE})* +)?{_START}-({_START}|24:00)$"},
     TimeZone: {"pattern": r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$"},
     ProxyUrl: {"pattern": r"^(http://\S+)?$"},

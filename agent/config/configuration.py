@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from agent import setting_keys as schema
@@ -26,6 +26,7 @@ from agent.config.layers import InForce
 from agent.config.patience import Hold, Patience, unheld
 from agent.config.records import Keeper, Note, Outcome, Refused
 from agent.config.reporting import Reporter, ShadowService
+from agent.config.request import Request
 from agent.config.targets import Units
 from agent.errors import AgentError, CloudError
 from agent.host import clock
@@ -40,18 +41,6 @@ REFRESH_S = 3600.0
 LONGEST_BACK_OFF_S = 300.0
 MIRROR_BYTES = reported.SHADOW_BYTES // 2
 """At most this of the shadow is for `reported`: what is taken there is not there for the next `desired`."""
-
-
-@dataclass
-class Asked:
-    """A job's change: a JSON Merge Patch of the fleet layer, or the whole of it; `tell` takes words on its progress."""
-
-    job: str
-    patch: Mapping[str, Any]
-    whole: bool
-    cancelled: asyncio.Event
-    tell: Callable[[str], None]
-    outcome: asyncio.Future[Outcome] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 def _tell_nobody(_: str) -> None:
@@ -101,7 +90,7 @@ class Configuration:
         self._components = Components(settings, units, apply_agent, deliveries or Deliveries(settings.config.targets))
         camera = Camera(site, gate, self._acknowledge, self._announce, reconnect, reboot, remote, now)
         self._changes = Changes(camera, self._components, self._keeper, settings)
-        self._asked: Asked | None = None
+        self._asked: Request | None = None
         self._wanted = Desired()
         self._judged = ""
         self._seen = -1
@@ -140,7 +129,7 @@ class Configuration:
         failures = 0
         while True:
             delay = random.uniform(0.5, 1) * min(LONGEST_BACK_OFF_S, 2.0**failures)  # noqa: S311  jitter
-            if not self._asked:
+            if not self._asked or self._asked.is_answered:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout((delay if failures else self._refresh_s) if self._online() else None):
                         await self._wake.wait()
@@ -184,15 +173,12 @@ class Configuration:
         `patch` is a JSON Merge Patch of `{"agent": …, "targets": …}`, or with `whole` what the layer is to be. May be called
         again after a restart, and then says what has become of it. `cancelled`: what is on trial is taken back.
         """
-        asked = self._asked = Asked(job, patch, whole, cancelled or asyncio.Event(), tell)
-        cancel = asyncio.create_task(asked.cancelled.wait())
-        cancel.add_done_callback(lambda _: self._on_cancel(asked))
+        asked = self._asked = Request(job, patch, whole, cancelled or asyncio.Event(), tell)
         self._shadow_is_newer = False
         self._wake.set()
         try:
-            return await asyncio.shield(asked.outcome)
+            return await asked.answered(lambda: self._on_cancel(asked))
         finally:
-            cancel.cancel()
             if self._asked is asked:
                 self._asked = None
 
@@ -206,9 +192,9 @@ class Configuration:
         _, plan, problems = await self._judge(in_force)
         return problems, wishes.words(plan) if plan and not problems else []
 
-    def _on_cancel(self, asked: Asked) -> None:
+    def _on_cancel(self, asked: Request) -> None:
         trial = self._keeper.kept.trial
-        if asked.cancelled.is_set() and trial and trial.job == asked.job:
+        if trial and trial.job == asked.job:
             self._changes.cancelled.set()
         self._wake.set()
 
@@ -280,29 +266,30 @@ class Configuration:
     async def _answer_job(self) -> None:
         """Carry out what a job asks for; stays asked for where something else comes first."""
         asked = self._asked
-        if asked is None or asked.outcome.done():
+        if asked is None or asked.is_answered:
             return
         kept = self._keeper.kept
         if kept.outcome and kept.outcome.job == asked.job:
-            self._answer(asked, kept.outcome)
-            return
-        if asked.cancelled.is_set():
-            self._answer(asked, Outcome(asked.job, "rejected", (Problem("", "the job was cancelled", "cancelled"),)))
-            return
+            asked.answer(kept.outcome)
+        elif asked.cancelled.is_set():
+            asked.reject(Problem("", "the job was cancelled", "cancelled"))
+        else:
+            await self._carry_out(asked)
+
+    async def _carry_out(self, asked: Request) -> None:
         in_force, problems = self._with_fleet(asked.job, asked.patch, whole=asked.whole)
-        if problems:
-            self._answer(asked, Outcome(asked.job, "rejected", tuple(problems)))
-            return
-        candidate, plan, problems = await self._judge(in_force)
-        if candidate and plan and not problems:
-            began = await self._begin(in_force, candidate, plan, asked)
-            if began is None:
-                return
-            problems = began
-        outcome = Outcome(asked.job, "rejected", tuple(problems)) if problems else self._keeper.kept.outcome
+        if not problems:
+            candidate, plan, problems = await self._judge(in_force)
+            if candidate and plan and not problems:
+                began = await self._begin(in_force, candidate, plan, asked)
+                if began is None:
+                    return
+                problems = began
         self._seen = -1  # what the shadow wants may go with the new fleet layer
-        if outcome:
-            self._answer(asked, outcome)
+        if problems:
+            asked.reject(*problems)
+        elif outcome := self._keeper.kept.outcome:
+            asked.answer(outcome)
 
     def _with_fleet(self, job: str, patch: Mapping[str, Any], *, whole: bool) -> tuple[InForce, list[Problem]]:
         """What would be in force with another fleet layer."""
@@ -311,12 +298,6 @@ class Configuration:
         wanted, problems = wishes.parse(document)
         fleet = good.fleet.revised(wanted, f"job {job.partition('/')[0]}", self._now())
         return replace(good, fleet=fleet), problems
-
-    def _answer(self, asked: Asked, outcome: Outcome) -> None:
-        if self._asked is asked:
-            self._asked = None
-        if not asked.outcome.done():
-            asked.outcome.set_result(outcome)
 
     # ---- following the shadow --------------------------------------------------------------------------------------
 
@@ -392,7 +373,7 @@ class Configuration:
         return candidate, plan, problems
 
     async def _begin(
-        self, in_force: InForce, candidate: Candidate, plan: Plan, asked: Asked | None = None
+        self, in_force: InForce, candidate: Candidate, plan: Plan, asked: Request | None = None
     ) -> list[Problem] | None:
         """Wait until it may begin, and carry it out; None when something newer may be wanted, else why it could not begin."""
         subject = f"job {asked.job}" if asked else f"config {in_force.digest}"

@@ -111,6 +111,9 @@ def schema_may_refuse(document: Any) -> bool:
     sources = (agent.get("capture") or {}).get("sources") or {}
     for name in [name for name, value in sources.items() if value == {}]:
         del sources[name]
+    targets = document.get("targets") or {}
+    for name in [name for name, value in targets.items() if value is None]:
+        del targets[name]
     return VALIDATOR.is_valid(document)
 
 
@@ -234,6 +237,7 @@ def test_schema_and_camera_agree(request: pytest.FixtureRequest) -> None:
     @example({"agent": {"maintenance": {"windows": [" MON-FRI 22:00-04:00\n"], "time_zone": "Europe/Atlantis"}}})
     @example({"agent": {"cloud": {"proxy_url": "http://"}}})
     @example({"agent": None, "targets": {"pipeline": None}})
+    @example({"agent": {"labels": {"a b": None}, "capture": {"sources": {"": {}}}}, "targets": {"": None}})
     def look(document: Any) -> None:
         taken[compare(document)] += 1
 

@@ -426,6 +426,10 @@ class Life:
             state = " ".join(filter(None, [on_trial.phase, str(on_trial.attempts), boot]))
         self._place.label(state)
 
+    def _doing(self, what: str) -> None:
+        if "job" not in self._scenario.way:  # there the journal is written at the same time, at one point or another
+            self._place.label(self._place.state, what)
+
     def _forget_trials(self, store: Store) -> None:
         """The fault: what is on trial is not written before it has ended."""
         write = store.write
@@ -442,7 +446,7 @@ class Life:
         on_trial = self._configuration._keeper.kept.trial
         if on_trial and on_trial.phase == "trial" and settings.telemetry.interval_s == self._scenario.new.interval_s:
             self._world.save(tried=[*self._world.get("tried", []), self._boot_id])
-        self._place.label(self._place.state, "agent")
+        self._doing("agent")
         if before.cloud.port != settings.cloud.port:
             await self._reconnect()
 
@@ -464,7 +468,7 @@ class Life:
 
     async def restart(self, unit: str) -> None:
         name = unit.removesuffix(".service")
-        self._place.label(self._place.state, name)
+        self._doing(name)
         wanted, loaded = found_at(self._place, name).content, loaded_by(self._place, name)
         if name == "pipeline" and "stuck" in self._scenario.way:
             self._world.save(unloaded=loaded == self._scenario.new.contents[name] != wanted)
@@ -486,7 +490,7 @@ class Life:
     async def watch(self, reference: Json, *, stable_for_s: float, deadline_s: float) -> tuple[bool, list[str]]:
         self._place.expect(reference == {"front": {"rate": 1.0}}, f"the reference became {reference}")
         self._world.save(watched=self._world.get("watched", 0) + 1)
-        self._place.label(self._place.state, "watched")
+        self._doing("watched")
         if "stuck" in self._scenario.way and DARK in (loaded_by(self._place, "pipeline") or b""):
             self._world.save(stuck=True)
             stick(self._place)

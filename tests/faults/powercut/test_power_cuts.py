@@ -48,7 +48,13 @@ SCENARIOS = {
     "configuration, job taken back": "configuration:Configuring:job+dark",
     "configuration, from the fleet's to the site's own": "configuration:Configuring:own",
 }
-PER_LABEL = {"journal": 4, "configuration, success": 3, "configuration, from the fleet's to the site's own": 3}
+PER_LABEL = {
+    "journal": 4,
+    "configuration, success": 3,
+    "configuration, job": 3,
+    "configuration, job taken back": 2,
+    "configuration, from the fleet's to the site's own": 3,
+}
 """How many points of each state the sample has, where it is not one."""
 SABOTAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "files are not synced": ("acts:Acts:commit", "ext4", {"sabotage": 1, "per_label": 4}),

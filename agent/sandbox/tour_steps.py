@@ -17,7 +17,7 @@ from agent.sandbox.tour_guide import Guide, Json, NotYet, check, part, say, show
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "telemetry": {"interval_s": 3},
-    "config": {"trial_s": 5},
+    "config": {"trial_s": 5, "connectivity_trial_s": 10},
     "capture": {"budget_pct": 10},
 }
 STABLE_FOR_S = 5
@@ -310,6 +310,18 @@ async def revert(guide: Guide) -> str:
     return f"reverted: {why['pointer']} {why['message']}; {rate_hz:.2f} images/s again"
 
 
+async def wrong_proxy(guide: Guide) -> str:
+    await _wait_for_reference(guide)
+    document = {"version": "1.0", "operation": "configure", "agent": {"cloud": {"proxy_url": "http://127.0.0.1:9"}}}
+    say(f"a job for the whole group: {json.dumps(document)}; nothing listens there")
+    await guide.create_job("tour-wrong-proxy", document)
+    details = await guide.job_end("tour-wrong-proxy", "FAILED")
+    check(details["reason_code"] == "unreachable", f"reason_code is {details['reason_code']}")
+    explained = await guide.show_agentctl("config", "explain", "cloud.proxy_url", why="a key is explained")
+    check("127.0.0.1:9" not in explained.text, "the wrong proxy is still in force")
+    return f"FAILED {details['reason_code']}: {details['message']}"
+
+
 async def diagnose(guide: Guide) -> str:
     await guide.show_agentctl("status", why="the agent answers")
     doctor = await guide.show_agentctl("doctor", why="no check failed")
@@ -336,6 +348,7 @@ STEPS = (
     Step("reject", "An update with a tampered manifest is rejected", reject),
     Step("cut", "The broker is cut off for 20 s, and nothing is lost", cut),
     Step("revert", "A configuration that hurts the images is taken back", revert),
+    Step("wrong proxy", "A job cuts the camera off by a wrong proxy; it comes back by itself", wrong_proxy),
     Step("diagnose", "agentctl says how things are, also when the agent is down", diagnose),
 )
 

@@ -16,11 +16,13 @@ import structlog
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 SECRET_KEY = re.compile(
-    r"(?i)(private_?key|secret|password|passwd|access_?token|ownership_?token|authorization|credential)"
+    r"(?i)(private_?key|secret|password|passwd|passphrase|access_?token|ownership_?token|authorization|credential)"
+    r"|(psk|api[_-]?key)$|(?<![^_\W])(pass|pwd|token)$"
 )
+NO_SECRET_KEY = re.compile(r"(?i:[_-](file|files|dir|path|id|ids|digest|s|at|count)$)|(File|Path|Id)$|^clientToken$")
 SECRETS = (
     (re.compile(r"(https?://[^\s\"'?]{1,2048})\?[^\s\"'<>]+"), r"\1?[redacted]"),
-    (re.compile(r"\b(\w{1,20}://)[^/\s:@]{1,256}:[^/\s@]{1,256}@"), r"\1[redacted]@"),
+    (re.compile(r"\b(\w{1,20}://)(?!\[user:password@\])[^/\s:@]{1,256}:[^/\s@]{1,256}@"), r"\1[redacted]@"),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL), "[redacted]"),
     (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"), "[redacted]"),
 )
@@ -39,6 +41,11 @@ def set_level(level: str) -> None:
     """Write lines of `level` and above from now on."""
     global _threshold  # noqa: PLW0603  one process, one level
     _threshold = LEVELS[level]
+
+
+def is_secret(key: str) -> bool:
+    """Whether what has this name is a password or the like; `private_key_file` names a file, and is none."""
+    return bool(SECRET_KEY.search(key)) and not NO_SECRET_KEY.search(key)
 
 
 def redact(text: str) -> str:
@@ -79,14 +86,14 @@ def _drop_below_threshold(_: Any, method: str, event: MutableMapping[str, Any]) 
 
 
 def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {key: "[redacted]" if SECRET_KEY.search(key) else _redact_value(value) for key, value in event.items()}
+    return {key: "[redacted]" if is_secret(key) else _redact_value(value) for key, value in event.items()}
 
 
 def _redact_value(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {k: "[redacted]" if SECRET_KEY.search(str(k)) else _redact_value(v) for k, v in value.items()}
+        return {k: "[redacted]" if is_secret(str(k)) else _redact_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_redact_value(item) for item in value]
     if isinstance(value, (int, float, bool, type(None))):

@@ -301,7 +301,7 @@ class Telemetry(Section):
     """Length of a report's window."""
     topic_prefix: str = Field("$aws/rules/camera_fleet/cameras", pattern=r"^[^+#\s]{1,200}$")
     """Reports go to `<prefix>/<thing>/report`, events to `<prefix>/<thing>/event`."""
-    outbox_max_bytes: Annotated[int, Remote()] = Field(16 * 2**20, ge=65536, le=2**40, json_schema_extra=unit("bytes"))
+    outbox_max_bytes: Annotated[int, Remote()] = Field(16 * 2**20, ge=65536, le=2**30, json_schema_extra=unit("bytes"))
     """Disk that unsent messages may use, of which a quarter is kept for reports; beyond it the oldest are dropped and counted."""
     outbox_max_age_s: Annotated[int, Remote()] = Field(7 * 86400, ge=60, le=3650 * 86400, json_schema_extra=unit("s"))
     """Age at which an unsent message is dropped."""

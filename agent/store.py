@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from agent.errors import StoreError
 from agent.host.clock import boot_id
 from agent.logs import get_logger
+from agent.schema import MIGRATIONS
 
 T = TypeVar("T")
 PASSING = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC")
@@ -31,38 +32,9 @@ MESSAGES = (
     " AND topic NOT IN (SELECT value FROM json_each(:without_topics)) AND "
 )
 PAUSE_IS_OVER = ":now - CASE wait_boot_id WHEN :boot_id THEN wait_from ELSE 0 END >= wait_s"
+MOST_AUDIT_ENTRIES, MOST_AUDIT_BYTES, MOST_DETAIL_BYTES = 2000, 2**20, 8192
+LEAST_QUEUE_BYTES = 65536
 log = get_logger("store")
-
-MIGRATIONS = (
-    """
-    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-    CREATE TABLE jobs (
-        job_id TEXT NOT NULL, execution_number INTEGER NOT NULL, record TEXT NOT NULL,
-        finished INTEGER NOT NULL DEFAULT 0, updated_at REAL NOT NULL,
-        PRIMARY KEY (job_id, execution_number)
-    ) STRICT;
-    CREATE TABLE outbox (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, priority INTEGER NOT NULL, topic TEXT NOT NULL,
-        payload BLOB NOT NULL, created_at REAL NOT NULL, boot_id TEXT NOT NULL, uptime REAL NOT NULL
-    ) STRICT;
-    CREATE INDEX outbox_order ON outbox (priority, id);
-    CREATE TABLE audit (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
-        detail TEXT NOT NULL
-    ) STRICT;
-    """,
-    """
-    ALTER TABLE outbox ADD COLUMN clock_believed INTEGER NOT NULL DEFAULT 1;
-    ALTER TABLE outbox ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE outbox ADD COLUMN failures INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE outbox ADD COLUMN wait_s REAL NOT NULL DEFAULT 0;
-    ALTER TABLE outbox ADD COLUMN wait_boot_id TEXT NOT NULL DEFAULT '';
-    ALTER TABLE outbox ADD COLUMN wait_from REAL NOT NULL DEFAULT 0;
-    ALTER TABLE outbox ADD COLUMN disk_bytes INTEGER AS (length(payload) + length(topic) + 160);
-    CREATE INDEX outbox_size ON outbox (priority, disk_bytes);
-    CREATE INDEX outbox_backlog ON outbox (priority, losses, id);
-    """,
-)
 
 
 @dataclass(frozen=True)
@@ -234,8 +206,11 @@ class Tables:
         clock_believed: bool,
         shares: Mapping[int, float] | None = None,
         keep: Collection[int] = (),
+        free_bytes: int | None = None,
     ) -> dict[str, int]:
         """Drop messages older than `max_age_s`, then the least important oldest ones above `max_bytes`; how many of `age`, `size`.
+
+        `free_bytes` of the disk bound it further: the queue takes no more than half of what it and they are together.
 
         `shares` maps priorities to the part of `max_bytes` that more important messages can't take from them; those in
         `keep` stay. Age is counted by the time since boot for messages of this boot, which a wrong clock does not touch,
@@ -256,7 +231,9 @@ class Tables:
         sizes = self._sql.execute(
             "SELECT priority, sum(disk_bytes) FROM outbox GROUP BY priority ORDER BY priority DESC"
         ).fetchall()
-        excess = sum(size for _, size in sizes) - max_bytes
+        held = sum(size for _, size in sizes)
+        max_bytes = max_bytes if free_bytes is None else min(max_bytes, self._fair_bytes(held, free_bytes))
+        excess = held - max_bytes
         too_much = 0
         for priority, size in sizes:
             if excess <= 0:
@@ -266,6 +243,13 @@ class Tables:
             too_much += dropped
             excess -= freed
         return {reason: count for reason, count in (("age", too_old), ("size", too_much)) if count}
+
+    def _fair_bytes(self, held: int, free_bytes: int) -> int:
+        """What the queue may take of its disk. Others who fill it make the queue stop growing, never shrink."""
+        newest = self._sql.execute("SELECT disk_bytes FROM outbox ORDER BY id DESC LIMIT 1").fetchone() or (0,)
+        pages, page_size = (self._sql.execute(f"PRAGMA {of}").fetchone()[0] for of in ("freelist_count", "page_size"))
+        unused = pages * page_size
+        return int(max(LEAST_QUEUE_BYTES, held - newest[0] + unused, (held + unused + free_bytes) / 2))
 
     def _drop_oldest(self, priority: int, wanted: float, kept: str) -> tuple[int, int]:
         """Drop the oldest of a class until `wanted` bytes are free; how many, and their bytes."""
@@ -283,10 +267,22 @@ class Tables:
         return len(doomed), freed
 
     def add_audit(self, actor: str, action: str, detail: dict[str, Any]) -> None:
-        """Note who did what to this camera."""
+        """Note who did what to this camera; of the trail the newest 2,000 entries stay, of their details 1 MiB.
+
+        A detail of more than 8 KiB loses what does not fit, lists from their end, and says `cut`.
+        """
         self._sql.execute(
             "INSERT INTO audit (at, actor, action, detail) VALUES (?, ?, ?, ?)",
-            (time.time(), actor, action, json.dumps(detail)),
+            (time.time(), actor, action, _fitting(detail)),
+        )
+        self._sql.execute(
+            "DELETE FROM audit WHERE id <= (SELECT id FROM audit ORDER BY id DESC LIMIT 1 OFFSET ?)",
+            (MOST_AUDIT_ENTRIES,),
+        )
+        self._sql.execute(
+            "DELETE FROM audit WHERE id <= (SELECT max(id) FROM"
+            " (SELECT id, sum(length(detail)) OVER (ORDER BY id DESC) AS bytes FROM audit) WHERE bytes > ?)",
+            (MOST_AUDIT_BYTES,),
         )
 
     def audit(self, limit: int = 100) -> list[dict[str, Any]]:
@@ -406,3 +402,26 @@ def _record(text: str) -> dict[str, Any] | None:
         return record
     log.error("a journal record can't be read and is not used", record=text[:200])
     return None
+
+
+def _fitting(detail: Mapping[str, Any]) -> str:
+    """An audit entry's detail as JSON of 8 KiB at most."""
+    text = json.dumps(detail)
+    if len(text) <= MOST_DETAIL_BYTES:
+        return text
+    short: dict[str, Any] = {"cut": True}
+    room = MOST_DETAIL_BYTES - len(json.dumps(short))
+    for key, value in detail.items():
+        part, size = value, len(json.dumps({key: value}))
+        if size > room and isinstance(value, list):
+            part, size = [], len(json.dumps({key: []}))
+            for item in value:
+                size += len(json.dumps(item)) + 2
+                if size > room:
+                    break
+                part.append(item)
+            size = len(json.dumps({key: part}))
+        if size <= room:
+            short[key] = part
+            room -= size
+    return json.dumps(short)

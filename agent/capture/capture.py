@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from agent.capture import kept
 from agent.capture.alarms import Alarms
+from agent.capture.comparison import LEAST_RATE, Comparison, compare, judging_s
 from agent.capture.folders import Found, printable
 from agent.capture.governor import Governor
 from agent.capture.image_quality import Measures
 from agent.capture.reading import Examined, analyse, examine
-from agent.capture.reference import LEAST_RATE, MINIMUM_SAMPLES, Comparison, History, compare_source, join
+from agent.capture.reference import MINIMUM_SAMPLES, History
 from agent.capture.sources import FolderSource
 from agent.capture.window import Window
 from agent.errors import AgentError
@@ -54,6 +55,7 @@ class _Source:
         self.name = name
         self.interval_s = source.interval_s
         self._directory = source.directory
+        self._place = printable(str(source.directory))
         self._pattern = source.pattern
         self.window = Window(source.interval_s, now)
         self.history = History(now)
@@ -158,14 +160,14 @@ class _Source:
         self._overflows = tree.overflows
         state = "hanging" if now - self._turned > HANGS_S else tree.state
         if state != self._state:
-            log.info("capture folder", source=self.name, state=state, directory=printable(str(self._directory)))
+            log.info("capture folder", source=self.name, state=state, directory=self._place)
             self._state = state
         if tree.state != "missing":
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = now
         missing = self._missing_since is not None and now - self._missing_since >= FOLDER_HOLD_S
-        self.alarms.folder(missing=missing, directory=printable(str(self._directory)), at=at)
+        self.alarms.folder(missing=missing, directory=self._place, at=at)
         self.alarms.tick(now, at, stalled=now - self._ticked > STALLED_S)
         self._ticked = now
 
@@ -181,12 +183,7 @@ class _Source:
             proven = [item for item in history.pictures if item[0] <= trial_since]
             history = replace(history, pictures=proven)
         return kept.as_json(
-            history,
-            now=now,
-            at=time.time(),
-            boot_id=boot,
-            interval_s=self.interval_s,
-            place=printable(str(self._directory)),
+            history, now=now, at=time.time(), boot_id=boot, interval_s=self.interval_s, place=self._place
         )
 
     def restore(self, document: Mapping[str, Any], boot: str) -> int:
@@ -198,7 +195,7 @@ class _Source:
             at=time.time(),
             boot_id=boot,
             interval_s=self.interval_s,
-            place=printable(str(self._directory)),
+            place=self._place,
             clock_believed=clock_synchronised() is True,
         )
 
@@ -207,7 +204,7 @@ class _Source:
         now, at = time.monotonic(), time.time()
         document: dict[str, Any] = {
             "state": self._state,
-            "directory": printable(str(self._directory)),
+            "directory": self._place,
             "interval_s": self.interval_s,
             "rate_hz": round(self.history.rate_hz(now, 60.0), 3),
             "images": self._images,
@@ -384,21 +381,17 @@ class Capture:
         for source in self._sources.values():
             source.alarms.disturbed()
         now = self._compared_at = time.monotonic()
-        verdict = join(
-            [
-                compare_source(
-                    name,
-                    before,
-                    self._sources[name].history,
-                    since=since,
-                    now=now,
-                    interval_s=self._sources[name].interval_s,
-                    settings=self._settings,
-                    least_share=least_share,
-                )
-                for name, before in reference.get("sources", {}).items()
-                if name in self._sources
-            ]
+        verdict = compare(
+            reference.get("sources", {}),
+            {name: (source.history, source.interval_s) for name, source in self._sources.items()},
+            since=since,
+            now=now,
+            settings=self._settings,
+            least_share=least_share,
         )
         self._worse = not verdict.ok and not verdict.waiting
         return verdict
+
+    def judging_s(self, reference: Mapping[str, Any], intervals: Iterable[float]) -> float:
+        """Seconds after a change by which sources that are well are judged, see `comparison.judging_s`."""
+        return judging_s(reference.get("sources", {}), intervals)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from agent.config import targets
 from agent.config.deliveries import Deliveries
 from agent.config.desired import Problem, pointer
 from agent.config.formats import render
+from agent.config.records import Place
 from agent.config.targets import Units
 from agent.errors import AgentError, FailedError
 from agent.logs import get_logger
@@ -54,21 +56,28 @@ class Components:
                 await self._put(name, content, "trial", settings.config.trial_s)
         except AgentError as error:
             return [Problem(where, error.message, error.code)]
+        except OSError as error:
+            return [Problem(where, f"{error.filename or ''}: {error.strerror}", "apply_failed")]
         return []
 
-    async def restore(self, settings: Settings, contents: Contents) -> list[Problem]:
-        """As much of it as can be done; what failed comes back as problems `revert_failed`."""
-        failed: list[Problem] = []
+    async def restore(self, settings: Settings, contents: Contents) -> dict[str, Problem]:
+        """As much of it as can be done; what failed comes back as `revert_failed`, by target, "" for the agent."""
+        failed: dict[str, Problem] = {}
         try:
             await self.put_settings(settings)
         except AgentError as error:
-            failed.append(Problem("/agent", f"taking it back failed: {error.message}", "revert_failed"))
+            failed[""] = Problem("/agent", f"taking it back failed: {error.message}", "revert_failed")
+        return failed | await self.put_back(contents)
+
+    async def put_back(self, contents: Contents) -> dict[str, Problem]:
+        """Give targets what they had; by target, what could not be done."""
+        failed: dict[str, Problem] = {}
         for name, content in contents.items():
             try:
                 await self._put(name, content, "applied", CONFIRM_BACK_S)
             except AgentError as error:
                 words = f"taking it back failed: {error.message}"
-                failed.append(Problem(pointer("targets", name), words, "revert_failed"))
+                failed[name] = Problem(pointer("targets", name), words, "revert_failed")
         return failed
 
     async def put_settings(self, settings: Settings) -> None:
@@ -84,6 +93,19 @@ class Components:
             log.exception("a component did not take its new settings")
             raise FailedError("internal_error", f"a component did not take its new settings: {error}") from error
         self.settings = settings
+
+    def place(self, name: str) -> Place | None:
+        """How agent.toml configures a target now; None: there is no such target."""
+        target = self.targets.get(name)
+        return Place(str(target.path or ""), target.format) if target else None
+
+    async def leave(self, place: Place, content: bytes | None) -> None:
+        """Put a file back at a place where agent.toml does not have the target any more."""
+        if place.path:
+            try:
+                await targets.put(ConfigTarget(path=Path(place.path)), content)
+            except AgentError as error:
+                log.error("the site's own file can't be put back", path=place.path, reason=error.message)
 
     async def contents(self, names: Iterable[str], documents: Mapping[str, dict[str, Any]]) -> dict[str, bytes | None]:
         """What each target has now, None where there is nothing; `documents` are in force. Raises FailedError."""
@@ -138,6 +160,10 @@ class Components:
             await targets.put(target, content)
             await targets.activate(target, self._units)
             return
-        self._deliveries.offer(name, None if content is None else json.loads(content), state)
+        try:
+            document = None if content is None else json.loads(content)
+        except ValueError:  # it was a file of another format before
+            document = None
+        self._deliveries.offer(name, document, state)
         if problem := await self._deliveries.confirmed(name, confirm_s):
             raise FailedError(problem.code, problem.message)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,24 +18,28 @@ from agent.config.apply import Components
 from agent.config.desired import Candidate, Marks, Plan, Problem, pointer
 from agent.config.layers import InForce
 from agent.config.records import Keeper, Note, Outcome, Refused
+from agent.config.request import Request
 from agent.config.trial import Trial
-from agent.errors import AgentError, CloudError, FailedError
+from agent.errors import AgentError, CloudError, FailedError, StoreError
 from agent.logs import get_logger
 from agent.settings import Settings
 
 log = get_logger("config")
 
 REACH_AGAIN_S = 1.0
+CANCELLED = Problem("", "the job was cancelled", "cancelled")
 
 
 class Gate(Protocol):
     """Judges a change by the images: `reference` before it, then `watch` until it held or failed, with the reasons.
 
-    `settled` waits, a long time where images are rare, until a reference can be had or it is plain that there is none.
+    `settled` waits, a long time where images are rare, until a reference can be had or it is plain that there is none;
+    `judging_s` is how long images that are well may take to be judged, by the intervals of the sources.
     """
 
     async def settled(self) -> None: ...
     async def reference(self) -> dict[str, Any]: ...
+    def judging_s(self, reference: Mapping[str, Any], intervals: Iterable[float]) -> float: ...
     async def watch(
         self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float
     ) -> tuple[bool, list[str]]: ...
@@ -78,23 +82,28 @@ class Changes:
         self._keeper = keeper
         self.good = good
         self.cancelled = asyncio.Event()
-        """Set to take back the change that is on trial."""
+        """Set to take back the change that is on trial; of the job that asked for it."""
 
     async def start(
-        self, candidate: Candidate, plan: Plan, in_force: InForce, *, job: str, boot_id: str
+        self, candidate: Candidate, plan: Plan, in_force: InForce, request: Request | None, boot_id: str
     ) -> list[Problem]:
         """Try what `plan` says; why it could not even begin, empty when it went to its end, which is kept."""
-        kept, settings = self._keeper.kept, self.good
-        self.cancelled.clear()
-        gated = plan.gated or plan.connectivity
+        self.cancelled = request.cancelled if request else asyncio.Event()
+        settings, gated = self.good, plan.gated or plan.connectivity
+        if problems := await self._still_owed(plan.targets):
+            return problems
+        kept = self._keeper.kept
+        in_place = {name: doc for name, doc in self._keeper.fitted.desired.targets.items() if name in kept.placed}
         try:
             reference = await self._camera.gate.reference() if gated else {}
-            previous = await self._components.contents(plan.targets, kept.good.desired.targets)
+            previous = await self._components.contents(plan.targets, in_place)
         except AgentError as error:
             return [Problem("", error.message, error.code)]
         trial = Trial(
             candidate=in_force,
-            job=job,
+            applied=candidate.desired.as_json(),
+            job=request.job if request else "",
+            job_digest=request.digest if request else "",
             changed=plan.targets,
             previous={name: records.encode(content) for name, content in previous.items()},
             gated=gated,
@@ -102,45 +111,80 @@ class Changes:
             reboots="reboot" in plan.applies,
             stable_for_s=settings.config.trial_s,
             reach_within_s=settings.config.connectivity_trial_s if plan.connectivity else 0.0,
+            judging_s=self._camera.gate.judging_s(reference, _intervals(settings, candidate.settings))
+            if gated
+            else 0.0,
             reference=reference,
             started=self._camera.now(),
             boot_id=boot_id,
         )
         newly = {name: trial.previous[name] for name in plan.targets if name not in kept.originals}
+        places = {name: place for name in plan.targets if (place := self._components.place(name))}
         words = "configuration on trial" if gated else "configuration accepted"
-        log.info(words, version=trial.version, job=job, targets=plan.targets, keys=[".".join(key) for key in plan.keys])
-        await self._keeper.keep(replace(kept, trial=trial, originals={**kept.originals, **newly}))
-        await self.carry_out(trial, candidate)
+        keys = [".".join(key) for key in plan.keys]
+        log.info(words, version=trial.version, job=trial.job, targets=plan.targets, keys=keys)
+        await self._keeper.keep(
+            replace(kept, trial=trial, originals={**kept.originals, **newly}, placed={**kept.placed, **places})
+        )
+        await self._carry_out(trial, candidate, set(), [])
         return []
 
     async def resume(self, trial: Trial) -> None:
         """Go on with a trial after a restart."""
-        await self._keeper.keep(replace(self._keeper.kept, trial=trial))
-        candidate, problems = None, list(trial.problems)
+        candidate, problems, touched = None, list(trial.problems), set(trial.changed)
         if trial.phase == "trial":
             candidate, problems = wishes.validate(self._camera.site, trial.desired.as_json(), self._camera.remote)
-        await self.carry_out(trial, candidate, touched=set(trial.changed), problems=problems)
+        try:
+            await self._keeper.keep(replace(self._keeper.kept, trial=trial))
+        except StoreError:
+            await self._put_back(trial, touched)
+            raise
+        await self._carry_out(trial, candidate, touched, problems)
 
-    async def carry_out(
-        self,
-        trial: Trial,
-        candidate: Candidate | None,
-        *,
-        touched: set[str] | None = None,
-        problems: list[Problem] | None = None,
+    async def settle(self) -> None:
+        """Put back what could not be put back when a change was taken back."""
+        kept = self._keeper.kept
+        due = {name: records.decode(content) for name, content in kept.owed.items() if name in self._components.targets}
+        if not kept.owed:
+            return
+        failed = await self._components.put_back(due)
+        owed = {name: content for name, content in kept.owed.items() if name in failed}
+        if owed != kept.owed:
+            await self._keeper.keep(replace(kept, owed=owed))
+
+    async def _still_owed(self, names: Iterable[str]) -> list[Problem]:
+        if any(name in self._keeper.kept.owed for name in names):
+            await self.settle()
+        return [owed_problem(name) for name in names if name in self._keeper.kept.owed]
+
+    async def _carry_out(
+        self, trial: Trial, candidate: Candidate | None, touched: set[str], problems: list[Problem]
     ) -> None:
-        """Apply what is on trial, let it prove itself, and end with a commit or by taking it back."""
-        touched = set() if touched is None else touched
-        problems = problems or []
-        if candidate and not problems:
-            problems = await self._apply(trial, candidate, touched)
-            if not problems and trial.reboots and trial.booted_with != "new":
-                problems = await self._reboot(trial)
-            problems = problems or await self._prove(trial)
-        if candidate and not problems:
-            await self._commit(trial, candidate)
-        else:
-            await self._take_back(trial, problems, touched)
+        """Apply what is on trial, let it prove itself, and end with a commit or by taking it back.
+
+        Where the store takes nothing no decision can be kept, so what runs must be what the last one said.
+        """
+        try:
+            if candidate and not problems:
+                problems = await self._try(trial, candidate, touched)
+            if candidate and not problems:
+                await self._commit(trial, candidate)
+                return
+            if trial.phase != "reverting":
+                trial = trials.reverting(trial, problems)
+                await self._keeper.keep(replace(self._keeper.kept, trial=trial))
+        except StoreError:
+            log.exception("state.db can't be written in the middle of a change, going back")
+            await self._put_back(trial, touched)
+            raise
+        await self._take_back(trial, problems, touched)
+
+    async def _try(self, trial: Trial, candidate: Candidate, touched: set[str]) -> list[Problem]:
+        """What speaks against it."""
+        problems = await self._apply(trial, candidate, touched)
+        if not problems and trial.reboots and trial.booted_with != "new":
+            problems = await self._unless_cancelled(self._reboot(trial))
+        return problems or await self._prove(trial)
 
     async def _apply(self, trial: Trial, candidate: Candidate, touched: set[str]) -> list[Problem]:
         try:
@@ -172,19 +216,19 @@ class Changes:
     async def _prove(self, trial: Trial) -> list[Problem]:
         """What speaks against the candidate that is now in force; empty when it held."""
         if not trial.gated:
-            return []
-        proof = asyncio.create_task(self._watched(trial))
-        cancel = asyncio.create_task(self.cancelled.wait())
+            return [CANCELLED] if self.cancelled.is_set() else []
+        return await self._unless_cancelled(self._watched(trial))
+
+    async def _unless_cancelled(self, proof: Coroutine[Any, Any, list[Problem]]) -> list[Problem]:
+        work, cancel = asyncio.create_task(proof), asyncio.create_task(self.cancelled.wait())
         try:
-            await asyncio.wait({proof, cancel}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, cancel}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not proof.done():
-                proof.cancel()
+            if not work.done():
+                work.cancel()
             cancel.cancel()
-            await asyncio.wait({proof, cancel})
-        if proof.cancelled():
-            return [Problem("", "the job was cancelled", "cancelled")]
-        return proof.result()
+            await asyncio.wait({work, cancel})
+        return [CANCELLED] if work.cancelled() else work.result()
 
     async def _watched(self, trial: Trial) -> list[Problem]:
         if trial.connectivity:
@@ -234,37 +278,48 @@ class Changes:
         ended = replace(
             kept,
             good=trial.candidate,
-            previous=kept.good,
             trial=None,
             refused=kept.refused if trial.job else None,
-            outcome=Outcome(trial.job, "applied") if trial.job else kept.outcome,
+            outcome=Outcome(trial.job, trial.job_digest, "applied") if trial.job else kept.outcome,
         )
         self.good = candidate.settings
         await self._keeper.keep(records.without_stale_originals(ended), Note("applied", trial.version, _by(trial)))
         self._components.offer(trial.desired.targets)
         log.info("configuration applied", version=trial.version, job=trial.job)
 
-    async def _take_back(self, trial: Trial, problems: list[Problem], touched: set[str]) -> None:
-        """Take the candidate back: the decision is durable first, then the last known good configuration is put back."""
-        if trial.phase != "reverting":
-            trial = trials.reverting(trial, problems)
-            await self._keeper.keep(replace(self._keeper.kept, trial=trial))
+    async def _put_back(self, trial: Trial, touched: set[str]) -> dict[str, Problem]:
         names = [name for name in trial.changed if name in touched and name in self._components.targets]
-        contents = {name: records.decode(trial.previous[name]) for name in names}
-        failed = await self._components.restore(self.good, contents)
+        return await self._components.restore(self.good, {name: records.decode(trial.previous[name]) for name in names})
+
+    async def _take_back(self, trial: Trial, problems: list[Problem], touched: set[str]) -> None:
+        """Put the last known good configuration back; that it has to be is durable already."""
+        failed = await self._put_back(trial, touched)
+        not_back = list(failed.values())
         if trial.reboots and trial.booted_with != "old":
-            failed += await self._reboot(trial)
-        reasons = (*problems, *failed)
-        kept = replace(self._keeper.kept, trial=None)
+            not_back += await self._reboot(trial)
+        reasons, kept = (*problems, *not_back), self._keeper.kept
+        owed = {name: content for name, content in kept.owed.items() if name not in trial.changed}
+        owed |= {name: trial.previous[name] for name in failed if name}
+        kept = replace(kept, trial=None, owed=owed)
         if trial.job:
-            kept = replace(kept, outcome=Outcome(trial.job, "reverted", reasons))
+            kept = replace(kept, outcome=Outcome(trial.job, trial.job_digest, "reverted", reasons))
         else:
             kept = replace(kept, refused=Refused(trial.candidate.digest, trial.version, "reverted", reasons))
         note = Note("reverted", trial.version, _by(trial), reasons)
         await self._keeper.keep(records.without_stale_originals(kept), note)
-        self._components.offer(kept.good.desired.targets)
+        self._components.offer(self._keeper.fitted.desired.targets)
         errors = [problem.as_json() for problem in reasons]
         log.warning("configuration reverted", version=trial.version, job=trial.job, errors=errors)
+
+
+def owed_problem(name: str) -> Problem:
+    """That a target has not got back what it had."""
+    words = "what was there before could not be put back yet; it is tried again"
+    return Problem(pointer("targets", name), words, "revert_failed")
+
+
+def _intervals(*settings: Settings) -> list[float]:
+    return [source.interval_s for each in settings for source in each.capture.sources.values()]
 
 
 def _by(trial: Trial) -> str:

@@ -16,13 +16,15 @@ from typing import Any
 
 from agent import setting_keys as schema
 from agent.config import desired as wishes
-from agent.config import layers, origins, records, reported, targets
+from agent.config import layers, origins, reported, targets
 from agent.config import trial as trials
 from agent.config.apply import Components
-from agent.config.changes import Camera, Changes, Gate, no_reboot, no_reconnect
+from agent.config.changes import Camera, Changes, Gate, no_reboot, no_reconnect, owed_problem
 from agent.config.deliveries import Deliveries
 from agent.config.desired import Candidate, Desired, Marks, Plan, Problem
+from agent.config.fitting import awake
 from agent.config.layers import InForce
+from agent.config.moved import leave_old_places
 from agent.config.patience import Hold, Patience, unheld
 from agent.config.records import Keeper, Note, Outcome, Refused
 from agent.config.reporting import Reporter, ShadowService
@@ -86,7 +88,7 @@ class Configuration:
         self._online, self._connected_with = online, connected_with
         self._settle_s, self._refresh_s, self._remote = settle_s, refresh_s, remote
         self._now, self._boot_id = now, boot_id
-        self._keeper = Keeper(store, on_change)
+        self._keeper = Keeper(store, on_change, site, remote)
         self._components = Components(settings, units, apply_agent, deliveries or Deliveries(settings.config.targets))
         camera = Camera(site, gate, self._acknowledge, self._announce, reconnect, reboot, remote, now)
         self._changes = Changes(camera, self._components, self._keeper, settings)
@@ -109,13 +111,17 @@ class Configuration:
         if self._boot_id is None:
             self._boot_id = await asyncio.to_thread(clock.boot_id)
         await self._keeper.load()
-        self._load_good()
+        if problems := self._keeper.problems:
+            errors = [problem.as_json() for problem in wishes.few(problems)]
+            log.error("what is stored does not go with agent.toml", errors=errors)
+        good, _ = wishes.validate(self._site, {"agent": self._keeper.fitted.desired.agent}, self._remote)
+        self._changes.good = good.settings if good else self._settings
         await asyncio.to_thread(self._components.remove_leftovers)
         try:
             await self._components.put_settings(self._changes.good)
         except AgentError as error:
             log.exception("the stored configuration can't be put in force", code=error.code, reason=error.message)
-        self._components.offer(self._keeper.kept.good.desired.targets)
+        self._components.offer(self._keeper.fitted.desired.targets)
         self._loaded = True
         self._on_change()
 
@@ -125,7 +131,10 @@ class Configuration:
             await self.load()
         self._loaded = False  # when this ends by an error and begins again, all is read anew
         self._reporter.forget()
+        async with self._lock:
+            await leave_old_places(self._keeper, self._components)
         await self._go_on()
+        self._wake.set()
         failures = 0
         while True:
             delay = random.uniform(0.5, 1) * min(LONGEST_BACK_OFF_S, 2.0**failures)  # noqa: S311  jitter
@@ -136,6 +145,7 @@ class Configuration:
                 await asyncio.sleep(self._settle_s)
             self._wake.clear()
             try:
+                await self._settle_debts()
                 if self._shadow_is_newer:
                     await self._synchronise()
                 await self._answer_job()
@@ -189,7 +199,7 @@ class Configuration:
         in_force, problems = self._with_fleet("plan", patch, whole=whole)
         if problems:
             return problems, []
-        _, plan, problems = await self._judge(in_force)
+        _, plan, problems = await self._judge(self._awake(in_force, job=True))
         return problems, wishes.words(plan) if plan and not problems else []
 
     def _on_cancel(self, asked: Request) -> None:
@@ -204,11 +214,14 @@ class Configuration:
         `job` where a job's change is on trial; `waits_for` in words where a change has to wait.
         """
         kept = self._keeper.kept
-        name, version, problems = "applied", kept.good.version, tuple[Problem, ...]()
+        name, version, problems = "applied", kept.good.version, tuple(self._keeper.problems)
         if kept.trial:
             name, version, problems = "trial", kept.trial.version, kept.trial.problems
         elif kept.refused:
             name, version, problems = kept.refused.state, kept.refused.version, kept.refused.problems
+        said = {(problem.pointer, problem.code) for problem in problems}
+        owed = [problem for problem in map(owed_problem, kept.owed) if (problem.pointer, problem.code) not in said]
+        problems = tuple(wishes.few([*problems, *owed]))
         state = {"state": name, "desired_version": version, "errors": [problem.as_json() for problem in problems]}
         if kept.trial and kept.trial.job:
             state["job"] = kept.trial.job
@@ -217,7 +230,7 @@ class Configuration:
     def wanted(self) -> dict[str, Any]:
         """What the fleet asks for, as far as it could be read: `agent` and `targets`, the shadow's over what jobs have set."""
         shadow = layers.Layer(self._wanted.agent, self._wanted.targets)
-        return replace(self._keeper.kept.good, shadow=shadow).desired.as_json()
+        return replace(self._keeper.fitted, shadow=shadow).desired.as_json()
 
     def effective(self) -> dict[str, dict[str, Any]]:
         """Every key in dotted form with its value in force, its origin, since when, and whether the fleet may set it."""
@@ -229,12 +242,12 @@ class Configuration:
 
     def _on_delta(self, version: int, _state: dict[str, Any]) -> None:
         # A lower version is old, or the shadow was created anew: reading it tells which.
-        if not version or version != self._seen:
+        if not version or version not in (self._seen, self._reporter.version):
             self.look_again()
 
     def _in_force(self) -> InForce:
-        kept = self._keeper.kept
-        return kept.trial.candidate if kept.trial else kept.good
+        trial = self._keeper.kept.trial
+        return trial.candidate if trial else self._keeper.in_place
 
     def _in_force_settings(self) -> Settings:
         return self._components.settings or self._changes.good
@@ -252,15 +265,6 @@ class Configuration:
             await self._changes.resume(trial)
         self._wake.set()
 
-    def _load_good(self) -> None:
-        """The last known good configuration; where agent.toml no longer goes with it, the one before, else agent.toml alone."""
-        kept, settings, problems = records.usable(self._keeper.kept, self._site, self._remote)
-        self._changes.good = settings or self._settings
-        if problems:
-            errors = [problem.as_json() for problem in problems]
-            log.error("the stored configuration does not go with agent.toml", errors=errors)
-            self._keeper.kept = kept
-
     # ---- jobs ------------------------------------------------------------------------------------------------------
 
     async def _answer_job(self) -> None:
@@ -268,9 +272,9 @@ class Configuration:
         asked = self._asked
         if asked is None or asked.is_answered:
             return
-        kept = self._keeper.kept
-        if kept.outcome and kept.outcome.job == asked.job:
-            asked.answer(kept.outcome)
+        known = self._keeper.kept.outcome
+        if known and (known.job, known.digest) == (asked.job, asked.digest) and known.state == "reverted":
+            asked.answer(known)
         elif asked.cancelled.is_set():
             asked.reject(Problem("", "the job was cancelled", "cancelled"))
         else:
@@ -279,12 +283,13 @@ class Configuration:
     async def _carry_out(self, asked: Request) -> None:
         in_force, problems = self._with_fleet(asked.job, asked.patch, whole=asked.whole)
         if not problems:
-            candidate, plan, problems = await self._judge(in_force)
+            candidate, plan, problems = await self._judge(self._awake(in_force, job=True))
             if candidate and plan and not problems:
                 began = await self._begin(in_force, candidate, plan, asked)
                 if began is None:
                     return
                 problems = began
+        self._patience.over()
         self._seen = -1  # what the shadow wants may go with the new fleet layer
         if problems:
             asked.reject(*problems)
@@ -326,7 +331,8 @@ class Configuration:
         in_force = replace(good, version=version, shadow=shadow)
         digest = wishes.digest(document) if malformed else in_force.digest
         self._room = min(reported.room_beside(document), MIRROR_BYTES)
-        if digest == good.digest:
+        if digest == good.digest and not self._keeper.out_of_place:
+            self._patience.over()
             if refused:
                 log.info("the shadow wants what is in force again", version=version)
                 await self._keeper.keep(replace(kept, good=replace(good, version=version), refused=None))
@@ -337,7 +343,7 @@ class Configuration:
         if malformed:
             await self._reject(digest, version, malformed)
             return True
-        candidate, plan, problems = await self._judge(in_force)
+        candidate, plan, problems = await self._judge(self._awake(in_force, job=False))
         if candidate and plan and not problems:
             began = await self._begin(in_force, candidate, plan)
             if began is None:
@@ -352,7 +358,8 @@ class Configuration:
         before = self._keeper.kept.refused
         if before and before.digest == digest:
             version = before.version
-        refused = Refused(digest, version, "rejected", tuple(problems))
+        self._patience.over()
+        refused = Refused(digest, version, "rejected", tuple(wishes.few(problems)))
         if refused != before:
             log.warning("configuration rejected", version=version, errors=[problem.as_json() for problem in problems])
             note = Note("rejected", version, problems=problems)
@@ -360,17 +367,23 @@ class Configuration:
 
     # ---- both ------------------------------------------------------------------------------------------------------
 
-    async def _judge(self, in_force: InForce) -> tuple[Candidate | None, Plan | None, list[Problem]]:
+    def _awake(self, in_force: InForce, *, job: bool) -> Desired:
+        """What is to be tried: stored values that don't go with agent.toml are left out, unless who proposes has set them."""
+        dormant = self._keeper.dormant
+        shadow = awake(in_force.shadow, dormant.shadow) if job else in_force.shadow
+        return replace(in_force, fleet=awake(in_force.fleet, dormant.fleet), shadow=shadow).desired
+
+    async def _judge(self, desired: Desired) -> tuple[Candidate | None, Plan | None, list[Problem]]:
         """Whether this may be tried, and what it would change."""
-        desired, good = in_force.desired, self._keeper.kept.good
         candidate, problems = await asyncio.to_thread(
             wishes.validate, self._site, desired.as_json(), self._remote
         )  # a time zone is a file
-        plan = wishes.plan(self._changes.good, good.desired.targets, candidate, self._remote) if candidate else None
+        in_place = self._keeper.in_place.desired.targets
+        plan = wishes.plan(self._changes.good, in_place, candidate, self._remote) if candidate else None
         for name, wanted in desired.targets.items():
             if name in self._components.targets and (plan is None or name in plan.targets):
                 problems += await targets.judge(name, self._components.targets[name], wanted)
-        return candidate, plan, problems
+        return candidate, plan, wishes.few(problems)
 
     async def _begin(
         self, in_force: InForce, candidate: Candidate, plan: Plan, asked: Request | None = None
@@ -387,8 +400,14 @@ class Configuration:
                 if plan.on_trial and await self._hold(subject):  # it may have taken long to get here
                     continue
                 tell("on trial" if plan.on_trial else "being applied")
-                job = asked.job if asked else ""
-                return await self._changes.start(candidate, plan, in_force, job=job, boot_id=self._boot_id or "")
+                if asked and asked.cancelled.is_set():
+                    return None
+                return await self._changes.start(candidate, plan, in_force, asked, self._boot_id or "")
+
+    async def _settle_debts(self) -> None:
+        if self._keeper.kept.owed:
+            async with self._lock:
+                await self._changes.settle()
 
     # ---- reporting -------------------------------------------------------------------------------------------------
 

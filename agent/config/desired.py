@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from agent.settings import Remote, Settings
 MAX_DEPTH = 8
 MAX_BYTES = 8192
 MAX_INTEGER = 2**63 - 1
+MOST_PROBLEMS, MOST_POINTER, MOST_MESSAGE = 20, 200, 300
 
 KeyPath = tuple[str, ...]
 Marks = Callable[[KeyPath], Remote | None]
@@ -88,6 +89,17 @@ class Plan:
 def pointer(*parts: str | int) -> str:
     """The JSON pointer (RFC 6901) of `parts`; the whole document is the empty text."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def few(problems: Sequence[Problem]) -> list[Problem]:
+    """No more of them, and no longer ones, than a person reads and a record can hold."""
+    kept = [
+        Problem(problem.pointer[:MOST_POINTER], problem.message[:MOST_MESSAGE], problem.code)
+        for problem in problems[:MOST_PROBLEMS]
+    ]
+    if len(problems) > MOST_PROBLEMS:
+        kept.append(Problem("", f"and {len(problems) - MOST_PROBLEMS} more", "more"))
+    return kept
 
 
 def digest(document: Any) -> str:

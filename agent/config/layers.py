@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,13 +56,14 @@ class InForce:
         """Of who wants what: two that differ in it may still have the same values in force."""
         return digest([self.fleet.desired.as_json(), self.shadow.desired.as_json()])
 
-    def with_agent_of(self, other: InForce) -> InForce:
-        """The targets of this and the agent's keys of `other`."""
+    def without_targets(self, names: Collection[str]) -> InForce:
+        """The rest of it."""
 
-        def mixed(mine: Layer, its: Layer) -> Layer:
-            return Layer(its.agent, mine.targets, {**mine.since, **its.since})
+        def rest(layer: Layer) -> Layer:
+            targets = {name: document for name, document in layer.targets.items() if name not in names}
+            return Layer(layer.agent, targets, layer.since)
 
-        return InForce(self.version, mixed(self.fleet, other.fleet), mixed(self.shadow, other.shadow))
+        return InForce(self.version, rest(self.fleet), rest(self.shadow)) if names else self
 
     def since(self, where: str) -> Since | None:
         """Whence the value under a JSON pointer came."""
@@ -111,4 +112,4 @@ def from_json(record: Mapping[str, Any]) -> InForce:
 
 def _layer(record: Mapping[str, Any]) -> Layer:
     since = {where: (str(origin), float(at)) for where, (origin, at) in record["since"].items()}
-    return Layer(**{**record, "since": since})
+    return Layer(dict(record["agent"]), dict(record["targets"]), since)

@@ -47,17 +47,20 @@ class Patience:
 
     async def may_begin(self, subject: str, *, images: bool, tell: Callable[[str], None]) -> bool:
         """Wait for all of it, with a reference where `images`; False when something newer may be wanted by now."""
-        try:
-            while hold := await self._hold(subject):
-                await self._say(hold.code, hold.words, tell)
-                if await self._woken_within(min(hold.look_again_s, HELD_LOOK_S)):
-                    return False
-            if not images:
-                return True
+        while hold := await self._hold(subject):
+            await self._say(hold.code, hold.words, tell)
+            if await self._woken_within(min(hold.look_again_s, HELD_LOOK_S)):
+                return False
+        if images:
             await self._say(IMAGES, "watching the images before the change", tell)
-            return await self._reference()
-        finally:
-            self._code = self.waits_for = ""
+            if not await self._reference():
+                return False
+        self.over()
+        return True
+
+    def over(self) -> None:
+        """Nothing waits any more."""
+        self._code = self.waits_for = ""
 
     async def _say(self, code: str, words: str, tell: Callable[[str], None]) -> None:
         if words != self.waits_for:

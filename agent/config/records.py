@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from agent.config import desired as wishes
 from agent.config import layers
 from agent.config import trial as trials
 from agent.config.deliveries import Deliveries
 from agent.config.desired import Marks, Problem
+from agent.config.fitting import Dormant, dormant, fit
 from agent.config.layers import InForce
 from agent.config.trial import Trial
 from agent.logs import get_logger
-from agent.settings import Settings
 from agent.store import Store, Tables
 
 log = get_logger("config")
 T = TypeVar("T")
 
-GOOD, PREVIOUS, TRIAL, REFUSED, ORIGINALS, OUTCOME = (
-    f"config.{name}" for name in ("good", "previous", "trial", "refused", "originals", "outcome")
+GOOD, TRIAL, REFUSED, ORIGINALS, PLACED, OWED, OUTCOME = (
+    f"config.{name}" for name in ("good", "trial", "refused", "originals", "placed", "owed", "outcome")
 )
 
 
@@ -38,23 +38,37 @@ class Refused:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job's change: `job` names the execution."""
+    """What became of a job's change: `job` names the execution, `digest` what it asked for."""
 
     job: str
+    digest: str
     state: Literal["applied", "rejected", "reverted"]
     problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
+class Place:
+    """How a target was configured in agent.toml when its document was put there: `path` is empty for the local API."""
+
+    path: str
+    format: str
+
+
+@dataclass(frozen=True)
 class Kept:
-    """Everything kept; `originals` holds each applied target's own file from before the fleet set it, in base64."""
+    """Everything kept.
+
+    `originals` holds each applied target's own file from before the fleet set it, in base64, and `placed` where it was put;
+    `owed` is what could not be put back yet.
+    """
 
     good: InForce = field(default_factory=InForce)
-    previous: InForce = field(default_factory=InForce)
     trial: Trial | None = None
     refused: Refused | None = None
     outcome: Outcome | None = None
     originals: dict[str, str | None] = field(default_factory=dict)
+    placed: dict[str, Place] = field(default_factory=dict)
+    owed: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,16 +82,42 @@ class Note:
 
 
 class Keeper:
-    """Holds `kept` and writes what changes; `on_change` is called after each write."""
+    """Holds `kept` and writes what changes; `on_change` is called after each write.
 
-    def __init__(self, store: Store, on_change: Callable[[], None]) -> None:
+    `fitted` is what of the configuration in force goes with `site`, the parsed agent.toml, and `problems` why the rest
+    does not; that stays kept, for when agent.toml is mended.
+    """
+
+    def __init__(self, store: Store, on_change: Callable[[], None], site: Mapping[str, Any], remote: Marks) -> None:
         self._store = store
         self._on_change = on_change
+        self._site, self._remote = site, remote
         self.kept = Kept()
+        self.fitted = InForce()
+        self.problems: list[Problem] = []
+
+    @property
+    def out_of_place(self) -> frozenset[str]:
+        """Targets whose documents are kept, but are not where agent.toml says now."""
+        return frozenset(self.fitted.desired.targets) - frozenset(self.kept.placed)
+
+    @property
+    def in_place(self) -> InForce:
+        """What is really in force."""
+        return self.fitted.without_targets(self.out_of_place)
+
+    @property
+    def dormant(self) -> Dormant:
+        """What is kept and does not go with agent.toml."""
+        return dormant(self.kept.good, self.fitted)
 
     async def load(self) -> None:
         """Read what is kept."""
         self.kept = await self._store.read(load)
+        await self._fit()
+
+    async def _fit(self) -> None:
+        self.fitted, self.problems = await asyncio.to_thread(fit, self.kept.good, self._site, self._remote)
 
     async def keep(self, kept: Kept, note: Note | None = None) -> None:
         """Make `kept` durable, with a `note` in the audit trail, in one transaction."""
@@ -91,6 +131,8 @@ class Keeper:
 
         await self._store.write(change)
         self.kept = kept
+        if kept.good != before.good:
+            await self._fit()
         self._on_change()
 
 
@@ -98,11 +140,12 @@ def load(tables: Tables) -> Kept:
     """What is kept; a record that can't be read counts as absent and is logged."""
     return Kept(
         good=_read(tables, GOOD, layers.from_json) or InForce(),
-        previous=_read(tables, PREVIOUS, layers.from_json) or InForce(),
-        trial=_read(tables, TRIAL, trials.from_json),
+        trial=_read(tables, TRIAL, trials.from_json) or trials.salvage(tables.fact(TRIAL)),
         refused=_read(tables, REFUSED, _refused),
         outcome=_read(tables, OUTCOME, _outcome),
         originals=_read(tables, ORIGINALS, dict) or {},
+        placed=_read(tables, PLACED, _placed) or {},
+        owed=_read(tables, OWED, dict) or {},
     )
 
 
@@ -117,7 +160,6 @@ def save(tables: Tables, old: Kept, new: Kept) -> None:
     """Write what differs, as part of the caller's transaction."""
     rows = (
         (GOOD, old.good, new.good),
-        (PREVIOUS, old.previous, new.previous),
         (TRIAL, old.trial, new.trial),
         (REFUSED, old.refused, new.refused),
         (OUTCOME, old.outcome, new.outcome),
@@ -128,29 +170,18 @@ def save(tables: Tables, old: Kept, new: Kept) -> None:
         elif after != before:
             tables.set_fact(key, asdict(after))
     tables.set_fact(ORIGINALS, new.originals)
-
-
-def usable(kept: Kept, site: Mapping[str, Any], remote: Marks) -> tuple[Kept, Settings | None, list[Problem]]:
-    """What of `kept` goes with agent.toml, the settings that come of it, and what does not go with it.
-
-    That is the last known good configuration, else the agent's keys of the one before, else those of agent.toml alone.
-    """
-    found: list[Problem] = []
-    for in_force in (kept.good, kept.previous, InForce()):
-        candidate, problems = wishes.validate(site, {"agent": in_force.desired.agent}, remote)
-        found = found or problems
-        if candidate:
-            break
-    if found:
-        refused = Refused(kept.good.digest, kept.good.version, "rejected", tuple(found))
-        kept = replace(kept, good=kept.good.with_agent_of(in_force), refused=refused)
-    return kept, candidate.settings if candidate else None, found
+    tables.set_fact(PLACED, {name: asdict(place) for name, place in new.placed.items()})
+    tables.set_fact(OWED, new.owed)
 
 
 def without_stale_originals(kept: Kept) -> Kept:
-    """`kept` without the original files of targets that the configuration in force leaves alone."""
+    """`kept` without the original files and places of targets that the configuration in force leaves alone."""
     targets = kept.good.desired.targets
-    return replace(kept, originals={n: content for n, content in kept.originals.items() if n in targets})
+    return replace(
+        kept,
+        originals={name: content for name, content in kept.originals.items() if name in targets},
+        placed={name: place for name, place in kept.placed.items() if name in targets},
+    )
 
 
 def encode(content: bytes | None) -> str | None:
@@ -174,6 +205,10 @@ def _read(tables: Tables, key: str, form: Callable[[dict[str, Any]], T]) -> T | 
 
 def _refused(record: Mapping[str, Any]) -> Refused:
     return Refused(**{**record, "problems": tuple(Problem(**problem) for problem in record["problems"])})
+
+
+def _placed(record: Mapping[str, Any]) -> dict[str, Place]:
+    return {name: Place(place["path"], place["format"]) for name, place in record.items()}
 
 
 def _outcome(record: Mapping[str, Any]) -> Outcome:

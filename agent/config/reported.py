@@ -10,6 +10,7 @@ from typing import Any
 
 from agent import setting_keys as schema
 from agent.config.desired import MAX_INTEGER, Desired, Marks, leaves, pointer, remote_leaves
+from agent.logs import redact
 from agent.settings import Settings
 
 SHADOW_BYTES = 8192
@@ -42,9 +43,12 @@ def build(
     mirror: dict[str, Any] = {}
     values = leaves(effective.model_dump(mode="json"))
     asked = remote_leaves(wanted.agent, remote)
-    for path in {**remote_leaves(in_force.agent, remote), **asked}:
+    by_fleet = remote_leaves(in_force.agent, remote)
+    for path in {**by_fleet, **asked}:
         if path in values:
-            _place(mirror, path, _written(values[path], asked.get(path)))
+            value = _written(values[path], asked.get(path))
+            own = path not in by_fleet and isinstance(value, str)  # agent.toml's, whose passwords are not for the cloud
+            _place(mirror, path, redact(value) if own else value)
     document: dict[str, Any] = {"status": _fitting(status, MOST_LEVELS)[0]}
     deepest = max(MOST_LEVELS, _levels(wanted.as_json()))  # as deep as AWS IoT has taken it already
     for part, documents in (("agent", mirror), ("targets", in_force.targets)):

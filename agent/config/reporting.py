@@ -44,6 +44,8 @@ class Reporter:
 
     def __init__(self, shadow: ShadowService) -> None:
         self._shadow = shadow
+        self.version = 0
+        """Of the shadow, by our last report: the delta that it makes is no news."""
         self._there: Mapping[str, Any] | None = None
         self._sent: dict[str, Any] | None = None
         self._malformed: dict[str, Any] | None = None
@@ -123,7 +125,7 @@ class Reporter:
             self.forget()  # until the service has answered
             try:
                 if patch:
-                    await self._shadow.report(patch)
+                    self.version = await self._shadow.report(patch)
             except CloudError as error:
                 if error.code != CONFLICT:
                     raise

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.config.desired import Problem
+from agent.config.desired import Problem, digest
 from agent.config.records import Outcome
 
 
@@ -38,7 +38,12 @@ class Request:
 
     def reject(self, *problems: Problem) -> None:
         """Say why nothing was done."""
-        self.answer(Outcome(self.job, "rejected", problems))
+        self.answer(Outcome(self.job, self.digest, "rejected", problems))
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked for: another document under the same name is another request."""
+        return digest([self.patch, self.whole])
 
     @property
     def is_answered(self) -> bool:

@@ -1,12 +1,13 @@
 """Configuration files of other programs: judging a wanted document, and putting a file's content in place or back.
 
 A file is replaced whole or not at all and keeps its owner, group and mode; the program's own schema and check command see
-the document before its file is touched.
+the document before its file is touched. Whoever may write to its folder can't lead the agent to another file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -14,9 +15,10 @@ import signal
 import stat
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from agent.config import schema_check
 from agent.config.desired import Problem, pointer
@@ -37,6 +39,9 @@ APPLY_TIMEOUT_S = 120.0
 NEW_FILE_MODE = 0o644
 MAX_KEPT_BYTES = 2**20
 MAX_ANSWER_BYTES = 2**20
+TOO_LARGE = "{} is above 1 MiB, too large to keep for a revert"
+MAX_LINKS = 40
+FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class UnitState(Protocol):
@@ -84,19 +89,21 @@ async def read(target: ConfigTarget) -> bytes | None:
     path = _path(target)
 
     def content() -> bytes | None:
-        real = _real(path)
-        if _status(real) is None:
+        try:
+            with _placed(path) as place:
+                if _status(place.file) is None:
+                    return None
+                with _opened(place.file) as file:
+                    return file.read(MAX_KEPT_BYTES + 1)
+        except FileNotFoundError:
             return None
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read(MAX_KEPT_BYTES + 1)
 
     try:
         found = await asyncio.to_thread(content)
     except OSError as error:
         raise FailedError("target_unreadable", f"{path}: {error.strerror}") from None
     if found is not None and len(found) > MAX_KEPT_BYTES:
-        raise FailedError("target_unreadable", _too_large(path))
+        raise FailedError("target_unreadable", TOO_LARGE.format(path))
     return found
 
 
@@ -105,17 +112,19 @@ async def put(target: ConfigTarget, content: bytes | None) -> None:
     path = _path(target)
 
     def place() -> None:
-        real = _real(path)
-        before = _status(real)
-        if content is not None:
-            write_atomic(real, content, NEW_FILE_MODE)
-        elif before:
-            real.unlink()
-            fsync_folder(real.parent)
+        with _placed(path) as place:
+            before = _status(place.file)
+            if content is not None:
+                write_atomic(place.file, content, NEW_FILE_MODE)
+            elif before:
+                place.file.unlink()
+                fsync_folder(place.file.parent)
 
     try:
         await asyncio.to_thread(place)
     except OSError as error:
+        if content is None and isinstance(error, FileNotFoundError):
+            return
         raise FailedError("target_unwritable", f"{path}: {error.strerror}") from None
 
 
@@ -141,10 +150,10 @@ def remove_leftovers(target: ConfigTarget) -> None:
     """Remove what a cut while checking or writing left beside the file. Blocking; raises OSError."""
     if target.path is None:
         return
-    real = _real(target.path)
-    candidate = _candidate(real)
-    for path in (candidate, *(one.with_name(f".{one.name}.new") for one in (candidate, real))):
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _placed(target.path) as place:
+        candidate = _candidate(place.file)
+        for path in (candidate, *(one.with_name(f".{one.name}.new") for one in (candidate, place.file))):
+            path.unlink(missing_ok=True)
 
 
 def _path(target: ConfigTarget) -> Path:
@@ -153,91 +162,181 @@ def _path(target: ConfigTarget) -> Path:
     return target.path
 
 
-def _real(path: Path) -> Path:
-    """`path` with links followed, so that a linked file is replaced where it is and the link stays."""
-    return Path(os.path.realpath(path))
+@dataclass(frozen=True)
+class _Place:
+    """Where a file really is: `real` to be told, `file` by way of its folder, held open whatever is put in the way of it."""
+
+    real: Path
+    file: Path
+
+
+@contextlib.contextmanager
+def _placed(path: Path) -> Iterator[_Place]:
+    """The place of the file at `path`: a linked file is replaced where it is, and the link stays. Raises OSError."""
+    folder, real = _walk(path)
+    try:
+        yield _Place(real, Path(f"/proc/self/fd/{folder}", real.name))
+    finally:
+        os.close(folder)
+
+
+def _walk(path: Path) -> tuple[int, Path]:
+    """The folder that a file is in, opened, and the file's path without links. Raises OSError."""
+    left, real, links = [*reversed(path.parts[1:])], Path("/"), 0
+    folder = os.open("/", FOLDER)
+    try:
+        while left:
+            name = left.pop()
+            leads_to = _link(name, folder, real / name, path)
+            if leads_to:
+                links += 1
+                if links > MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                left += [part for part in reversed(Path(leads_to).parts) if part != "/"]
+                step, real = ("/", Path("/")) if leads_to.startswith("/") else (".", real)
+            elif left or name == "..":
+                step, real = name, real.parent if name == ".." else real / name
+            else:
+                return folder, real / name
+            folder = _enter(step, folder, real)
+        raise OSError(errno.EISDIR, "is a directory, not a regular file")
+    except BaseException:
+        os.close(folder)
+        raise
+
+
+def _link(name: str, folder: int, where: Path, path: Path) -> str:
+    """What `name` in the open `folder` leads to, empty when it is no link.
+
+    Only links that root or the agent's own user made are followed: whoever else may write somewhere on the way could lead
+    the agent to a file that is not theirs, such as its own key. Raises OSError.
+    """
+    try:
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
+    except FileNotFoundError:
+        return ""
+    try:
+        status = os.fstat(found)
+        if not stat.S_ISLNK(status.st_mode):
+            return ""
+        if status.st_uid not in (0, os.geteuid()):
+            words = "" if where == path else f"leads through {where}, which "
+            raise OSError(errno.ELOOP, f"{words}is a link that another user made")
+        return os.readlink("", dir_fd=found)
+    finally:
+        os.close(found)
+
+
+def _enter(name: str, folder: int, where: Path) -> int:
+    """Open another folder, seen from `folder`, in its place. Raises OSError, which names `where`."""
+    try:
+        entered = os.open(name, FOLDER, dir_fd=folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(where)) from None
+    os.close(folder)
+    return entered
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """The regular file, for reading. Raises OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
+    try:
+        _check_kind(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def _candidate(real: Path) -> Path:
     return real.with_name(f".candidate-{real.name}")
 
 
-def _too_large(path: Path) -> str:
-    return f"{path} is above 1 MiB, too large to keep for a revert"
-
-
-def _status(path: Path) -> os.stat_result | None:
+def _status(file: Path) -> os.stat_result | None:
     """The regular file's status, None where there is nothing. Opens nothing; raises OSError for what is no regular file."""
     try:
-        found = path.stat()
+        found = file.lstat()
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, f"is {_kind(found.st_mode)}, not a regular file")
+    _check_kind(found)
     return found
 
 
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFDIR: "a directory",
-        stat.S_IFIFO: "a FIFO",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFLNK: "a link that leads to itself",
-    }
-    return kinds.get(stat.S_IFMT(mode), "a device")
+def _check_kind(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise OSError(errno.EINVAL, f"is {kind}, not a regular file")
 
 
 async def _try_out(name: str, target: ConfigTarget, path: Path, content: bytes, timeout_s: float) -> list[Problem]:
     """Write the candidate beside the file, which shows that it can be written there, and let the check command judge it."""
     where = pointer("targets", name)
-    real = await asyncio.to_thread(_real, path)
     try:
-        problems = [Problem(where, *found) for found in await asyncio.to_thread(_place_candidate, real, content)]
-        if problems or target.check is None:
-            return problems
-        argv = [part.replace("{path}", str(_candidate(real))) for part in target.check]
+        candidate = await asyncio.to_thread(_place_candidate, path, content)
+        if target.check is None:
+            return []
+        argv = [part.replace("{path}", str(candidate)) for part in target.check]
         return await _run_check(where, argv, timeout_s)
+    except FailedError as error:
+        return [Problem(where, error.message, error.code)]
     finally:
         await asyncio.to_thread(_clear_away, name, target)
 
 
-def _place_candidate(real: Path, content: bytes) -> list[tuple[str, str]]:
-    """Write the candidate, with the owner and mode that the file has; what speaks against that, as words and code."""
-    if not real.parent.is_dir():
-        return [(f"the folder {real.parent} does not exist", "target_unwritable")]
+def _place_candidate(path: Path, content: bytes) -> Path:
+    """Write the candidate, with the owner and mode that the file has; its path. Raises FailedError for what speaks against it."""
     try:
-        before = _status(real)
+        with _placed(path) as place:
+            before = _status(place.file)
+            if before:
+                _check_original(place, before)
+            _write_candidate(place, content, before)
+            return _candidate(place.real)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FailedError("target_unwritable", f"the folder {error.filename or path.parent} does not exist") from None
     except OSError as error:
-        return [(f"{real} {error.strerror}", "target_unwritable")]
-    if before and before.st_size > MAX_KEPT_BYTES:
-        return [(_too_large(real), "target_unreadable")]
-    if before and not os.access(real, os.R_OK, effective_ids=True):
-        return [(f"{real} can't be read by the agent, which keeps its content for a revert", "target_unreadable")]
-    candidate = _candidate(real)
+        raise FailedError("target_unwritable", f"{path} {error.strerror}") from None
+
+
+def _check_original(place: _Place, before: os.stat_result) -> None:
+    if before.st_size > MAX_KEPT_BYTES:
+        raise FailedError("target_unreadable", TOO_LARGE.format(place.real))
+    try:
+        _opened(place.file).close()
+    except PermissionError:
+        words = f"{place.real} can't be read by the agent, which keeps its content for a revert"
+        raise FailedError("target_unreadable", words) from None
+
+
+def _write_candidate(place: _Place, content: bytes, before: os.stat_result | None) -> None:
+    candidate = _candidate(place.file)
     try:
         candidate.unlink(missing_ok=True)
-        write_atomic(candidate, content, stat.S_IMODE(before.st_mode) if before else NEW_FILE_MODE)
-        lost = _lost_readers(candidate, before) if before else ""
+        descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            lost = _lost_readers(descriptor, before)
+            file.write(content)
     except OSError as error:
-        words = f"the folder {real.parent} can't be written to by the agent: {error.strerror}"
-        return [(words, "target_unwritable")]
-    return [(f"{real} {lost}", "target_unwritable")] if lost else []
+        words = f"the folder {place.real.parent} can't be written to by the agent: {error.strerror}"
+        raise FailedError("target_unwritable", words) from None
+    if lost:
+        raise FailedError("target_unwritable", f"{place.real} {lost}")
 
 
-def _lost_readers(candidate: Path, before: os.stat_result) -> str:
+def _lost_readers(descriptor: int, before: os.stat_result | None) -> str:
     """Who could read the file before and could not read what the agent puts in its place, where it can't keep the owner."""
-    try:
-        os.chown(candidate, before.st_uid, before.st_gid)
-    except PermissionError:
-        after = candidate.stat()
-        if before.st_mode & stat.S_IROTH:
-            return ""
-        group_keeps = before.st_gid == after.st_gid
-        owner_reads = before.st_uid in (0, after.st_uid) or (group_keeps and before.st_mode & stat.S_IRGRP)
-        if not owner_reads or (before.st_mode & stat.S_IRGRP and not group_keeps):
-            return "could not be read by its owner or group any more: the agent may not give files to others"
-    else:
-        candidate.chmod(stat.S_IMODE(before.st_mode))
+    for owner in ((before.st_uid, -1), (-1, before.st_gid)) if before else ():
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, *owner)
+    os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else NEW_FILE_MODE)
+    if before is None or before.st_mode & stat.S_IROTH:
+        return ""
+    after = os.fstat(descriptor)
+    group_keeps = before.st_gid == after.st_gid
+    owner_reads = before.st_uid in (0, after.st_uid) or (group_keeps and before.st_mode & stat.S_IRGRP)
+    if not owner_reads or (before.st_mode & stat.S_IRGRP and not group_keeps):
+        return "could not be read by its owner or group any more: the agent may not give files to others"
     return ""
 
 

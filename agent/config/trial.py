@@ -6,7 +6,7 @@ back, and after the second unplanned restart, or past the deadline, it is always
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from agent.config import layers
@@ -21,14 +21,17 @@ SETTLING_S = 60.0
 class Trial:
     """A candidate that is being applied and watched, or taken back.
 
-    `job` names the job execution that asked for it, empty: the shadow did. `previous` holds each touched target's file
+    `applied` is the document that is tried, which is `candidate` but for stored values that do not go with agent.toml.
+    `job` names the job execution that asked for it, empty: the shadow did; `judging_s` is what the gate may need where images are rare. `previous` holds each touched target's file
     before the change in base64, None where there was none; `reference` is the gate's picture of the images before the
     change; times are in epoch seconds. `reboots`: it takes effect by a reboot; `booted_with` is what the camera started
     with; `awaits_boot`: the boot id at which a reboot was asked for, once all files were in place.
     """
 
     candidate: InForce
+    applied: dict[str, Any]
     job: str
+    job_digest: str
     changed: tuple[str, ...]
     previous: dict[str, str | None]
     gated: bool
@@ -36,6 +39,7 @@ class Trial:
     reboots: bool
     stable_for_s: float
     reach_within_s: float
+    judging_s: float
     reference: dict[str, Any]
     started: float
     boot_id: str
@@ -51,12 +55,12 @@ class Trial:
 
     @property
     def desired(self) -> Desired:
-        return self.candidate.desired
+        return Desired(self.applied["agent"], self.applied["targets"])
 
     @property
     def deadline_s(self) -> float:
         """How long one attempt may take to become stable."""
-        return self.reach_within_s + 3 * self.stable_for_s + SETTLING_S
+        return self.reach_within_s + 3 * self.stable_for_s + self.judging_s + SETTLING_S
 
     @property
     def deadline(self) -> float:
@@ -71,7 +75,36 @@ def from_json(record: dict[str, Any]) -> Trial:
     """The trial kept by `as_json`. Raises TypeError, ValueError or KeyError for a record of another form."""
     problems = tuple(Problem(**problem) for problem in record["problems"])
     candidate = layers.from_json(record["candidate"])
-    return Trial(**{**record, "candidate": candidate, "changed": tuple(record["changed"]), "problems": problems})
+    known = {field.name for field in fields(Trial)}
+    trial = {key: value for key, value in record.items() if key in known}  # a later version may have kept more
+    return Trial(**{**trial, "candidate": candidate, "changed": tuple(record["changed"]), "problems": problems})
+
+
+def salvage(record: Any) -> Trial | None:
+    """A trial whose record can't be read, to be taken back: as far as it says what was there before."""
+    previous = record.get("previous") if isinstance(record, dict) else None
+    if not isinstance(previous, dict):
+        return None
+    kept = {str(name): content for name, content in previous.items() if content is None or isinstance(content, str)}
+    return Trial(
+        candidate=InForce(),
+        applied={"agent": {}, "targets": {}},
+        job=str(record.get("job", "")),
+        job_digest=str(record.get("job_digest", "")),
+        changed=tuple(kept),
+        previous=kept,
+        gated=False,
+        connectivity=False,
+        reboots=False,
+        stable_for_s=0.0,
+        reach_within_s=0.0,
+        judging_s=0.0,
+        reference={},
+        started=0.0,
+        boot_id="",
+        phase="reverting",
+        problems=(Problem("", "the record of the trial can't be read", "trial_interrupted"),),
+    )
 
 
 def reverting(trial: Trial, problems: list[Problem]) -> Trial:
@@ -107,5 +140,5 @@ def after_restart(trial: Trial, now: float, boot_id: str) -> Trial:
 
 
 def time_left_s(trial: Trial, now: float) -> float:
-    """Seconds that this attempt may take, at most `deadline_s` and never less than `stable_for_s`."""
-    return max(trial.stable_for_s, min(trial.deadline_s, trial.deadline - now))
+    """Seconds that this attempt may take, at most `deadline_s`, and enough to become stable even when the clock was set."""
+    return max(trial.stable_for_s + SETTLING_S, min(trial.deadline_s, trial.deadline - now))

@@ -3,7 +3,7 @@
 What is made while connected goes at once; what waited from before the connect drains beside it at a bounded rate, in the
 order of its topic. Events and the truths about jobs go before reports. Beyond its bounds the queue drops the oldest of the
 least important messages, counts them and says so; a quarter of its bytes is the reports', so that a flood of events can't
-take all of it.
+take all of it. However large its bounds are set, it takes no more than half of the disk that others leave.
 
 No topic stops another: one that fails pauses, and is then tried with one message at a time. A message that seems to end
 the connection is sent alone, and after three times put into quarantine: it is tried again at growing pauses, because on a
@@ -17,10 +17,12 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from agent.errors import CloudError, StoreError
 from agent.host.clock import clock_synchronised
+from agent.host.files import free_bytes
 from agent.logs import get_logger
 from agent.settings import Telemetry
 from agent.store import Message, Store, Tables
@@ -128,6 +130,7 @@ class Outbox:
             clock_believed=believed,
             shares=SHARES,
             keep=self._chosen,
+            free_bytes=_free_bytes(self._store.path),
         )
         if dropped:
             _count_dropped(tables, dropped)
@@ -306,6 +309,13 @@ class Outbox:
                     log.error("the outbox can't be written, sending waits", reason=failure.message, hint=failure.hint)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, STORE_RETRY_S[1])
+
+
+def _free_bytes(path: Path) -> int | None:
+    try:
+        return free_bytes(path)
+    except OSError:
+        return None
 
 
 def _went_wrong(message: Message) -> bool:

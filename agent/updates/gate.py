@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,10 @@ LONGEST_GAP_S = 40.0
 PROBE_TIMEOUT_S = 30.0
 WAIT_LOOK_S = 0.5
 MAX_UNIT_RESTARTS = 3
+TOO_SHORT = (
+    "the images were neither good nor bad, too few came to tell: give the trial more time (config.trial_s, or"
+    " gate.deadline_s of an update), or correct interval_s of a source that is slower than it says"
+)
 MACHINE = frozenset({"memory.low", "temperature.high", "disk.read_only"})
 """Conditions that a trial must not bring about."""
 
@@ -71,6 +75,7 @@ class Capture(Protocol):
     def lacking(self) -> str: ...
     def reference(self) -> dict[str, Any]: ...
     def compare(self, reference: dict[str, Any], since: float, least_share: float) -> Comparison: ...
+    def judging_s(self, reference: Mapping[str, Any], intervals: Iterable[float]) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Check:
     """One thing seen: `ok` is None while it can't be said.
 
     `code` is the reason code of a change that fails by it. `harmful_after_s` is how long it must fail without a break
-    to end the trial early; None: only the deadline does. `held_as` are the words for the end, where the name says too much.
+    to end the trial early; None: only the deadline does. `held_as` are the words for the end, where the name says too much;
+    `late` those for a deadline at which it still can't be said.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Check:
     code: str = "deadline"
     harmful_after_s: float | None = None
     held_as: str = ""
+    late: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ def judge(seen: Seen, checks: Sequence[Check], now: float, terms: Terms) -> tupl
     unknown = [check for check in checks if check.ok is None]
     if now >= terms.started + terms.deadline_s:
         words = f"not all was well for {terms.stable_for_s:g} s without a break within {terms.deadline_s:g} s"
-        return seen, Verdict(False, bad[0].code if bad else "deadline", (*_reasons(bad + unknown), words))
+        late = tuple(check.late for check in unknown if check.late)
+        return seen, Verdict(False, bad[0].code if bad else "deadline", (*_reasons(bad + unknown), words, *late))
     return seen, Verdict(None, reasons=_reasons(bad + unknown) or ("all is well, for long enough is awaited",))
 
 
@@ -189,6 +197,15 @@ class Gate:
             "probe": (await check_probe(probe)).ok if probe else None,
             "unit": (await self._unit(unit, _Restarts())).ok if unit else None,
         }
+
+    def judging_s(self, baseline: Mapping[str, Any], intervals: Iterable[float]) -> float:
+        """Seconds after a change by which images that are well are judged, however slow the cameras; 0 without images.
+
+        `intervals` are the `interval_s` of the sources, before the change and after it. The stable time comes on top.
+        """
+        if self._capture is None or baseline.get("capture") is None:
+            return 0.0
+        return self._capture.judging_s(baseline["capture"], intervals)
 
     async def watch(
         self,
@@ -263,9 +280,8 @@ class Gate:
             return Check("images", None, error.message, "capture_worse")
         words = "; ".join(seen.reasons)
         if seen.waiting:
-            return Check(
-                "images", None, words or f"{seen.assessed} images seen since, more are awaited", "capture_worse"
-            )
+            words = words or f"{seen.assessed} images seen since, more are awaited"
+            return Check("images", None, words, "capture_worse", late=TOO_SHORT)
         held_as = _held_as(seen.judged, words)
         return Check("images", seen.ok, words, "capture_worse", harmful_after_s(stable_for_s), held_as)
 
@@ -318,6 +334,10 @@ class ConfigurationGate:
 
     async def reference(self) -> dict[str, Any]:
         return await self._gate.baseline()
+
+    def judging_s(self, reference: Mapping[str, Any], intervals: Iterable[float]) -> float:
+        """What to add to a deadline so that images are judged before it: see `Gate.judging_s`."""
+        return self._gate.judging_s(reference, intervals)
 
     async def watch(
         self, reference: dict[str, Any], *, stable_for_s: float, deadline_s: float

@@ -24,6 +24,7 @@ from tests.faults.cloud import authority
 PROJECT = Path(__file__).resolve().parents[2]
 SOCKET_PATH_LIMIT = 107
 STOP_LIMIT_S = 40.0
+SELDOM_S = 2.0
 MARK = "CAMERA_AGENT_TEST_FOLDER"
 """In the environment of the agent and of what it starts: whose they are."""
 
@@ -181,17 +182,22 @@ class AgentProcess:
         return Said(process.returncode or 0, out.decode(), err.decode())
 
     async def online(self, timeout_s: float = 60) -> None:
-        """Wait until the agent says that it is connected."""
-        last = Said(3, "", "")
+        """Wait until the agent says that it is connected; agentctl is asked when the log says so, and seldom before: it costs more."""
+        last, asked = Said(3, "", ""), time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    last = await self.ctl("status", "--json")
-                    if last.code == 0 and last.json()["cloud"]["state"] == "connected":
-                        return
-                    await asyncio.sleep(0.1)
+                    if await asyncio.to_thread(self._logs_connected) or time.monotonic() - asked >= SELDOM_S:
+                        last, asked = await self.ctl("status", "--json"), time.monotonic()
+                        if last.code == 0 and last.json()["cloud"]["state"] == "connected":
+                            return
+                    await asyncio.sleep(0.05)
         except TimeoutError:
             raise AssertionError(f"not connected after {timeout_s:g} s: {last}\n{self.tail()}") from None
+
+    def _logs_connected(self) -> bool:
+        words = [line.get("event") for line in self.lines()] if self.log.exists() else []
+        return [word for word in words if word in ("started", "connected", "off-line")][-1:] == ["connected"]
 
     def journal(self) -> dict[tuple[str, int], dict[str, Any]]:
         """The job records in state.db by job id and execution number. Blocks.
@@ -206,6 +212,28 @@ class AgentProcess:
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy(f"{database}{suffix}", f"{folder}/state.db{suffix}")
             return _records(Path(folder) / "state.db")
+
+    def freeze(self) -> None:
+        """SIGSTOP: the process stands still until `thaw`, or is killed."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    async def logs(self, event: str, count: int = 1, timeout_s: float = 60) -> dict[str, Any]:
+        """Wait until the log, that of all lives, has `count` lines of this event; the last of them."""
+        until = time.monotonic() + timeout_s
+        while len(found := await asyncio.to_thread(self.logged, event)) < count:
+            assert time.monotonic() < until, f"{event!r} was logged {len(found)} times, not {count}\n{self.tail()}"
+            await asyncio.sleep(0.05)
+        return found[count - 1]
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The log's lines of this event. Blocks."""
+        return [line for line in self.lines() if line.get("event") == event]
 
     def lines(self) -> list[dict[str, Any]]:
         """The log's lines that are JSON. Blocks."""

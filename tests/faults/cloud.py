@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.certificates import Authority
+from tests.fakes_shadow import WiredShadow
 from tests.integration.mqtt_peer import MqttPeer, Packet
 
 TOPIC_PREFIX = "$aws/rules/camera_fleet/cameras"
@@ -370,8 +371,25 @@ class Jobs:
             held()
 
 
+class ConfigShadow(WiredShadow):
+    """The shadow `config`, with all the rules of AWS IoT; `want` and `delete` are an operator."""
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What is reported of how it stands, {} when nothing is."""
+        return dict(self.cloud.reported.get("status", {}))
+
+    async def until(self, met: Callable[[], Any], timeout_s: float = 60) -> Any:
+        """Wait until `met()` is true, looking again after each accepted change; its value."""
+        async with asyncio.timeout(timeout_s):
+            while not (value := met()):
+                self.cloud.changed.clear()
+                await self.cloud.changed.wait()
+        return value
+
+
 class Shadows:
-    """Named shadows: none at first, then what was written to them. `documents` maps names to `state` and `version`."""
+    """Named shadows but `config`: none at first, then what was written to them. `documents` maps names to `state` and `version`."""
 
     def __init__(self, thing: str, peer: MqttPeer) -> None:
         self._prefix = f"$aws/things/{thing}/shadow/name/"
@@ -391,6 +409,8 @@ class Shadows:
 
     def _serve(self, packet: Packet) -> Iterable[tuple[str, Any]]:
         name, operation = packet.topic.removeprefix(self._prefix).split("/")
+        if name == "config":
+            return []
         request = json.loads(packet.payload or b"{}")
         stamp = {"timestamp": int(time.time())} | {k: v for k, v in request.items() if k == "clientToken"}
         if operation == "update":
@@ -420,6 +440,7 @@ class Cloud:
         self.peer = MqttPeer(authority().server_context())
         self.jobs = Jobs(thing, self.peer)
         self.shadows = Shadows(thing, self.peer)
+        self.config = ConfigShadow(self.peer, thing)
         self.reports: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         for name, arrived in (("report", self.reports), ("event", self.events)):

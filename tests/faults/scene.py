@@ -90,6 +90,27 @@ class Scene:
         except TimeoutError:
             raise AssertionError(f"{job_id} did not run within {timeout_s:g} s\n{self.tail()}") from None
 
+    async def told(self, state: str, version: int, timeout_s: float = 90) -> dict[str, Any]:
+        """Wait until the shadow `config` says `state` of this version of `desired`, or a later one; its status."""
+        config = self.cloud.config
+        try:
+            await config.until(
+                lambda: config.status.get("state") == state and config.status["desired_version"] >= version, timeout_s
+            )
+        except TimeoutError:
+            raise AssertionError(f"not {state} at {version}: {config.cloud.reported}\n{self.tail()}") from None
+        return config.status
+
+    async def wants(self, state: str, **desired: Any) -> dict[str, Any]:
+        """Set `desired` of the shadow `config` to this, and wait until it says `state` of it; its status."""
+        return await self.told(state, self.cloud.config.want(desired))
+
+    async def config(self) -> dict[str, Any]:
+        """How the configuration stands, as agentctl says."""
+        said = await self.agent.ctl("config", "show", "--json")
+        assert said.code == 0, said
+        return dict(said.json()["shadow"])
+
     async def status(self) -> dict[str, Any]:
         """`agentctl status --json`; {} while the agent does not answer."""
         said = await self.agent.ctl("status", "--json")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.errors import FailedError, RefusedError
+from agent.errors import FailedError, RefusedError, StoreError
 from agent.jobs.document import parse
 from agent.jobs.operations.configure import Configure
 from agent.maintenance import Hold
@@ -249,3 +249,169 @@ async def _until(true: Any) -> None:
     async with asyncio.timeout(20):
         while not true():
             await asyncio.sleep(0.01)
+
+
+# ---- agent.toml, the disk and the clock in the way
+
+
+async def test_a_slip_in_agent_toml_costs_the_fleet_nothing(site: Site) -> None:
+    """A source is renamed for one start, and named as before again."""
+    cloud = ShadowCloud()
+    async with running(site, cloud) as camera:
+        patch = {"telemetry": {"interval_s": 300}, "capture": {"sources": {"front": {"interval_s": 2}}}}
+        await operation(camera).run(job(1, agent=patch))
+    sources = site.document["capture"]["sources"]
+    sources["back"] = sources.pop("front")
+    async with running(site, cloud) as camera:
+        await camera.quiet()
+        assert camera.interval_s == 300, "what goes with agent.toml stays"
+        (error,) = camera.configuration.state()["errors"]
+        assert error["pointer"] == "/agent/capture/sources/front/interval_s"
+        assert "set by job J-1" in error["message"]
+        await operation(camera).run(job(2, agent={"log": {"level": "debug"}}))
+        version = cloud.want({"targets": {"pipeline": {"fps": 3}}})
+        await _until(lambda: document(site) == {"fps": 3})
+        assert version
+    sources["front"] = sources.pop("back")
+    async with running(site, cloud) as camera:
+        await camera.quiet()
+        assert camera.applied[-1].capture.sources["front"].interval_s == 2
+        assert (camera.interval_s, camera.applied[-1].log.level) == (300, "debug")
+        assert camera.configuration.state()["errors"] == []
+
+
+async def test_a_target_that_moves_gets_its_document_at_its_new_place_and_the_old_one_its_own_file(site: Site) -> None:
+    cloud = ShadowCloud()
+    async with running(site, cloud) as camera:
+        await operation(camera).run(job(1, targets={"pipeline": {"fps": 2}}))
+    target = site.document["config"]["targets"]["pipeline"]
+    new = site.folder / "elsewhere.json"
+    new.write_bytes(b'{"new": "place"}\n')
+    target["path"] = str(new)
+    async with running(site, cloud) as camera:
+        await _until(lambda: json.loads(new.read_bytes()) == {"fps": 2})
+        assert site.pipeline.read_bytes() == OWN
+        await camera.quiet()
+        await operation(camera).run(job(2, targets={"pipeline": None}))
+        assert new.read_bytes() == b'{"new": "place"}\n'
+        assert site.pipeline.read_bytes() == OWN
+    target.update(path=str(site.pipeline))
+    async with running(site, cloud) as camera:
+        await operation(camera).run(job(3, targets={"pipeline": {"fps": 4}}))
+    site.document["config"]["targets"].pop("pipeline")
+    async with running(site, cloud) as camera:
+        await camera.quiet()
+        assert site.pipeline.read_bytes() == OWN
+        assert camera.configuration.state()["errors"][0]["code"] == "unknown_target"
+        await operation(camera).run(job(4, targets={"lens": {"focus": 2}}))
+        assert "targets.pipeline.fps" not in camera.configuration.effective()
+
+
+@pytest.mark.parametrize("becomes", ["api", "another file", "gone"])
+async def test_a_target_that_is_changed_in_agent_toml_during_its_trial_is_taken_back(becomes: str, site: Site) -> None:
+    cloud = ShadowCloud()
+    async with running(site, cloud) as camera:
+        camera.release = asyncio.Event()
+        cloud.want({"targets": {"pipeline": {"fps": 2}}})
+        await camera.watching.wait()
+        assert document(site) == {"fps": 2}
+    targets = site.document["config"]["targets"]
+    if becomes == "gone":
+        targets.pop("pipeline")
+    elif becomes == "api":
+        targets["pipeline"] = {"apply": "api"}
+    else:
+        targets["pipeline"]["path"] = str(site.folder / "other.json")
+    async with running(site, cloud, verdict=lambda: ["dark"]) as camera:
+        await camera.quiet()
+        assert site.pipeline.read_bytes() == OWN
+        assert await camera.store.read(lambda t: t.fact("config.trial")) is None
+        assert cloud.reported["status"]["state"] in ("reverted", "rejected")
+
+
+@pytest.mark.parametrize("by", ["shadow", "job"])
+async def test_a_disk_that_is_full_during_a_trial_leaves_what_was_proven(by: str, site: Site) -> None:
+    cloud = ShadowCloud()
+    async with running(site, cloud) as camera:
+        await camera.until("applied")
+        camera.release = asyncio.Event()
+        asked = job(targets={"pipeline": {"fps": 2}})
+        if by == "job":
+            task = asyncio.create_task(operation(camera).run(asked))
+        else:
+            cloud.want({"targets": {"pipeline": {"fps": 2}}})
+        await camera.watching.wait()
+        assert document(site) == {"fps": 2}
+        camera.verdict = lambda: ["dark"]
+        camera.full = True
+        camera.release.set()
+        await asyncio.wait({camera.task})
+        assert isinstance(camera.task.exception(), StoreError)
+        assert site.pipeline.read_bytes() == OWN
+        for _ in range(3):  # as the supervisor does
+            with pytest.raises(StoreError):
+                await camera.configuration.run()
+            assert site.pipeline.read_bytes() == OWN
+        camera.full = False
+        camera.task = asyncio.create_task(camera.configuration.run())
+        if by == "job":
+            assert await _ended(task) in ("trial_failed", "trial_interrupted")
+        else:
+            await camera.until("reverted")
+        assert site.pipeline.read_bytes() == OWN
+
+
+async def test_what_could_not_be_put_back_is_put_back_later_and_said_until_then(site: Site) -> None:
+    cloud = ShadowCloud()
+    async with running(site, cloud) as camera:
+        camera.verdict = lambda: ["dark"]
+        site.reload_fails_for = OWN[:10]
+        cloud.want({"targets": {"pipeline": {"fps": 2}}})
+        status = await camera.until("reverted")
+        assert [error["code"] for error in status["errors"]] == ["trial_failed", "revert_failed"]
+        cloud.want({})
+        await _until(lambda: camera.cloud.reported["status"]["state"] == "applied")
+        assert camera.cloud.reported["status"]["errors"][0]["code"] == "revert_failed"
+    site.loaded.clear()
+    site.reload_fails_for = b"never"
+    async with running(site, cloud) as camera:
+        await camera.quiet()
+        await _until(lambda: not camera.configuration.state()["errors"])
+        assert site.loaded["pipeline.service"] == OWN
+
+
+async def test_another_job_of_the_same_name_is_another_job(site: Site) -> None:
+    async with running(site, ShadowCloud()) as camera:
+        await operation(camera).run(job(1, targets={"pipeline": {"fps": 2}}))
+        await operation(camera).run(job(1, targets={"pipeline": {"fps": 7}}))
+        assert document(site) == {"fps": 7}
+
+
+@pytest.mark.parametrize("moment", ["hold", "reference", "write"])
+async def test_a_cancel_at_the_last_moment_before_the_trial_is_not_lost(moment: str, site: Site) -> None:
+    async with running(site, ShadowCloud()) as camera:
+        await camera.until("applied")
+        asked = job(targets={"pipeline": {"fps": 2}})
+        held, reference, keep = camera.held, camera.reference, camera.configuration._keeper.keep
+
+        async def late(subject: str) -> Any:
+            if len(camera.hold_asked) == 1 and moment == "hold":
+                asked.cancelled.set()
+            return await held(subject)
+
+        async def refer() -> Any:
+            if moment == "reference":
+                asked.cancelled.set()
+            return await reference()
+
+        async def write(kept: Any, note: Any = None) -> None:
+            if moment == "write":
+                asked.cancelled.set()
+            await keep(kept, note)
+
+        camera.configuration._hold = camera.configuration._patience._hold = late
+        object.__setattr__(camera.configuration._changes._camera, "gate", camera)
+        camera.reference = refer
+        camera.configuration._keeper.keep = write
+        assert await _ended(asyncio.create_task(operation(camera).run(asked))) == "cancelled"
+        assert_old(site, camera)

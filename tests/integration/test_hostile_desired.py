@@ -77,11 +77,18 @@ class HostileCloud(ShadowCloud):
             self.desired = desired
 
 
+class Programs(Site):
+    """A site whose candidate files, which come and go, are not looked at."""
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (self.pipeline, self.lens) if path.exists()}
+
+
 class Run:
     """A camera and its shadow over several runs of the agent, and what has to hold whenever it is quiet."""
 
     def __init__(self, folder: Path) -> None:
-        self.site, self.cloud = Site(folder, schema=False), HostileCloud()
+        self.site, self.cloud = Programs(folder, schema=False), HostileCloud()
         self.camera = Camera(self.site, self.cloud)
         self.jobs = 0
 
@@ -116,7 +123,7 @@ class Run:
             await self._settle()
             assert self.cloud.updates == updates or self.cloud.refused, "a connect makes it report what is there"
             assert self.cloud.updates <= updates + 8
-        self._whole()
+        await asyncio.to_thread(self._whole)
 
     async def _settle(self) -> None:
         for _ in range(3):
@@ -178,7 +185,7 @@ class Run:
         await self.quiet()
         if self.cloud.online:
             again = refused is not None and refused == self.kept.refused
-            self.judged(self.cloud.desired, before, taken_back=bool(reasons) or was_cut or again)
+            await self.judged(self.cloud.desired, before, taken_back=bool(reasons) or was_cut or again)
 
     def cut(self, at: int) -> None:
         steps = self.camera.step
@@ -200,7 +207,7 @@ class Run:
         self.cut(0)
         return was_cut
 
-    def judged(self, document: Any, before: layers.InForce, *, taken_back: bool) -> None:
+    async def judged(self, document: Any, before: layers.InForce, *, taken_back: bool) -> None:
         """What became of the shadow's document is what had to become of it; `taken_back`: it could not stay, or could not before."""
         state, good = self.camera.configuration.state()["state"], self.kept.good
         assert good.fleet == before.fleet
@@ -212,7 +219,9 @@ class Run:
         assert good.shadow.desired.digest == before.shadow.desired.digest
         if malformed:
             assert state == "rejected"
-        elif takeable(self.site, layers.InForce(0, before.fleet, layers.Layer(wanted.agent, wanted.targets)).desired):
+        elif await asyncio.to_thread(
+            takeable, self.site, layers.InForce(0, before.fleet, layers.Layer(wanted.agent, wanted.targets)).desired
+        ):
             assert state == "reverted"
             assert taken_back
 
@@ -259,14 +268,13 @@ class Run:
         )
 
     async def delete(self, *, forget: bool) -> None:
+        before, refused = self.kept.good, self.kept.refused
         self.verdict([])
         self.cloud.delete(forget_version=forget)
         await self.quiet()
         if self.cloud.online:
-            fleet = self.kept.good.fleet
-            assert self.camera.configuration.state()["state"] == "applied"
-            assert self.kept.good.shadow.desired.digest == wishes.Desired().digest
-            assert self.kept.good.fleet == fleet
+            again = refused is not None and refused == self.kept.refused
+            await self.judged(None, before, taken_back=again)
 
 
 def takeable(site: Site, desired: wishes.Desired) -> bool:
@@ -436,6 +444,7 @@ async def whole(steps: list[dict[str, Any]]) -> None:
         run = Run(Path(folder))
         await run.start()
         try:
+            await run.quiet()
             for step in [*steps, {"do": "on"}]:
                 await carry_out(run, step)
         finally:

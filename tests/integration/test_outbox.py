@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import resource
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import structlog.testing
+from pydantic import ValidationError
 
 import agent.store
 from agent.errors import CloudError, StoreError
@@ -711,6 +714,37 @@ async def test_the_number_of_messages_is_bounded_too_and_so_is_the_file(store):
     assert status["messages"] <= 65536 / 160
     pages = await store.read(lambda t: t._sql.execute("PRAGMA page_count").fetchone()[0])
     assert pages * 4096 < 3 * 65536
+
+
+async def test_a_bound_that_the_disk_can_not_hold_is_the_disks_and_what_it_costs_is_counted(store, monkeypatch):
+    outbox, disk = build(store, Cloud(), outbox_max_bytes=2**30), 400_000
+
+    def small(_):
+        """The file system as if it had `disk` bytes for state.db's queue."""
+        size = store.path.stat().st_size
+        return SimpleNamespace(f_bavail=max(0, disk - size), f_frsize=1)
+
+    monkeypatch.setattr(os, "statvfs", small)
+    for _ in range(400):
+        await put(outbox, pad=1000)
+    status = await outbox.status()
+    assert 100_000 < status["bytes"] < 300_000
+    assert status["dropped_by_reason"] == {"size": 400 - status["messages"]}
+
+
+async def test_a_disk_that_does_not_say_what_is_free_stops_no_message(store, monkeypatch):
+    outbox = build(store, Cloud())
+
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "statvfs", broken)
+    assert await put(outbox) == 1
+
+
+def test_no_one_can_ask_for_a_terabyte():
+    with pytest.raises(ValidationError):
+        Telemetry(outbox_max_bytes=2**30 + 1)
 
 
 async def test_bounds_hold_whatever_comes(store):

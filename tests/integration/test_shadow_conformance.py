@@ -72,6 +72,9 @@ class Camera:
     async def state(self, unit: str) -> UnitState:
         return UnitState()
 
+    def judging_s(self, reference: Any, intervals: Any) -> float:
+        return 0.0
+
     async def settled(self) -> None: ...
 
     async def reference(self) -> dict[str, Any]:

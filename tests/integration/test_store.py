@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -206,6 +207,90 @@ async def test_shares_hold_and_what_is_kept_stays(store):
     assert await store.write(lambda t: t.trim_queue(**trim, keep=[2])) == {"size": 12}
     left = await store.read(lambda t: t.queued(limit=100))
     assert [m.id for m in left] == [9, 11, 13, 15, 17, 19, 2, 20], "two of the lesser class, one of which is being sent"
+
+
+async def test_the_queue_grows_to_half_of_what_it_and_the_free_disk_are_and_a_full_disk_never_shrinks_it(store):
+    async def queue(count, free_bytes):
+        """Queue messages of 1000 bytes one by one; how many wait then, and how many were dropped."""
+
+        def one(tables):
+            tables.enqueue("t", bytes(1000 - 161), priority=1)
+            trim = {"max_bytes": 2**40, "max_age_s": 1e9, "clock_believed": True}
+            return tables.trim_queue(**trim, free_bytes=free_bytes(tables.queue_size().bytes)).get("size", 0)
+
+        def change(tables):
+            return sum(one(tables) for _ in range(count))
+
+        dropped = await store.write(change)
+        return (await store.read(lambda t: t.queue_size())).messages, dropped
+
+    disk = 200_000
+    assert await queue(90, lambda held: disk - held) == (90, 0)
+    waiting, dropped = await queue(60, lambda held: disk - held)
+    assert 100 <= waiting <= 105, "half of the disk, and the pages that are free in the file"
+    assert dropped == 150 - waiting
+    again, dropped = await queue(60, lambda _: 0)
+    assert waiting <= again <= waiting + 5, "others filled the disk: a new message takes the place of the oldest"
+    assert dropped == waiting + 60 - again
+
+
+async def test_a_queue_of_the_least_size_is_kept_on_a_full_disk(store):
+    def change(tables):
+        for _ in range(100):
+            tables.enqueue("t", bytes(1000 - 161), priority=1)
+            tables.trim_queue(max_bytes=2**40, max_age_s=1e9, clock_believed=True, free_bytes=0)
+
+    await store.write(change)
+    assert 60 <= (await store.read(lambda t: t.queue_size())).messages <= 70
+
+
+async def test_the_audit_trail_keeps_the_newest_entries_only(store):
+    def change(tables):
+        for n in range(2100):
+            tables.add_audit("shadow", "config.applied", {"version": n})
+
+    await store.write(change)
+    entries = await store.read(lambda t: t.audit(limit=5000))
+    assert [entry["detail"]["version"] for entry in entries] == list(range(2099, 99, -1))
+
+
+async def test_the_details_of_the_audit_trail_take_a_mebibyte_at_most(store):
+    def change(tables):
+        for n in range(300):
+            tables.add_audit("shadow", "config.rejected", {"version": n, "why": "x" * 8000})
+
+    await store.write(change)
+    entries = await store.read(lambda t: t.audit(limit=5000))
+    assert [entry["detail"]["version"] for entry in entries] == list(range(299, 299 - len(entries), -1))
+    total = await store.read(lambda t: t._sql.execute("SELECT sum(length(detail)) FROM audit").fetchone()[0])
+    assert 2**20 - 8192 < total <= 2**20
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {"version": 7, "errors": [{"path": f"a.{n}", "reason": "é" * 200} for n in range(500)], "by": "shadow"},
+        {"version": 7, "text": "x" * 20_000, "by": "shadow"},
+        {"version": 7, "errors": ["x" * 20_000], "by": "shadow"},
+        {"version": 7, "by": "shadow", "many": {str(n): n for n in range(5000)}},
+    ],
+)
+async def test_a_detail_that_is_too_long_for_the_audit_trail_is_cut_and_says_so(store, detail):
+    await store.write(lambda t: t.add_audit("shadow", "config.rejected", detail))
+    [entry] = await store.read(lambda t: t.audit())
+    kept = entry["detail"]
+    assert (kept["cut"], kept["version"], kept["by"]) == (True, 7, "shadow")
+    assert len(json.dumps(kept)) <= 8192
+    errors = kept.get("errors", [])
+    assert errors == detail.get("errors", [])[: len(errors)]
+    if len(detail.get("errors", [])) > 1:
+        assert len(json.dumps(kept)) > 8192 - 2000, "as many as there is room for"
+
+
+async def test_a_detail_that_fits_is_kept_as_it_is(store):
+    detail = {"version": 7, "why": "x" * (8192 - len('{"version": 7, "why": ""}'))}
+    await store.write(lambda t: t.add_audit("shadow", "config.applied", detail))
+    assert (await store.read(lambda t: t.audit()))[0]["detail"] == detail
 
 
 async def test_what_went_wrong_with_a_message_is_kept_and_orders_the_backlog(store):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,154 @@ async def test_a_linked_file_is_replaced_where_it_is(tmp_path: Path) -> None:
     assert await targets.read(target(link)) is None
     await targets.put(target(link), b"again")
     assert (link.is_symlink(), (real / "p.json").read_bytes()) == (True, b"again")
+
+
+OTHER = 1234
+"""A user who may write to the folder, and who is neither root nor the agent."""
+
+
+@dataclass
+class Key:
+    """What the agent alone may read, in a folder of its own, under the name of the target's file."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(mode=0o700)
+        (self.folder / "p.json").write_bytes(b"PRIVATE")
+        (self.folder / "p.json").chmod(0o600)
+
+    @property
+    def state(self) -> dict[str, tuple[int, int, bytes]]:
+        all_of_it = (self.folder, *self.folder.iterdir())
+        return {
+            one.name: (one.stat().st_mode, one.stat().st_uid, one.read_bytes() if one.is_file() else b"")
+            for one in all_of_it
+        }
+
+
+def lay_link(place: Path, leads_to: Path | str) -> None:
+    place.symlink_to(leads_to)
+    os.lchown(place, OTHER, OTHER)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("on_the_way", [False, True], ids=["the file", "a folder on the way"])
+@pytest.mark.parametrize("agents_too", [False, True], ids=["directly", "over a link of the agent"])
+async def test_a_link_that_another_user_made_leads_nowhere(
+    tmp_path: Path, *, on_the_way: bool, agents_too: bool
+) -> None:
+    key = Key(tmp_path / "state")
+    before = key.state
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, OTHER, OTHER)
+    place = home / "conf" / "p.json"
+    if on_the_way:
+        lay_link(place.parent, "../state")
+    else:
+        place.parent.mkdir()
+        lay_link(place, key.folder / "p.json")
+    if agents_too:
+        (tmp_path / "etc").symlink_to(place.parent)
+        place = tmp_path / "etc" / "p.json"
+    one = target(place, check=["sh", "-c", f'touch "{tmp_path}/checked"'])
+    kind, message = await code(one)
+    assert (kind, "is a link that another user made" in message) == ("target_unwritable", True), message
+    with pytest.raises(FailedError, match="is a link that another user made"):
+        await targets.read(one)
+    for content in (b"new", None):
+        with pytest.raises(FailedError, match="is a link that another user made") as caught:
+            await targets.put(one, content)
+        assert caught.value.code == "target_unwritable"
+    assert key.state == before
+    assert not (tmp_path / "checked").exists()
+
+
+async def test_links_lead_anywhere_when_the_agent_made_them(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "p.json").write_bytes(b"old")
+    (tmp_path / "up").symlink_to("a/b/..")
+    (tmp_path / "a" / "absolute").symlink_to(tmp_path / "up" / "b")
+    (tmp_path / "a" / "p.json").symlink_to("absolute/./../b//p.json")
+    for place in (
+        tmp_path / "up" / "p.json",
+        tmp_path / "a" / "absolute" / "p.json",
+        tmp_path / "a" / ".." / "up" / "b" / "p.json",
+    ):
+        assert await targets.read(target(place)) == b"old"
+    assert await judged(target(tmp_path / "up" / "p.json", check=["test", "-f", "{path}"])) == []
+    await targets.put(target(tmp_path / "up" / "p.json"), b"new")
+    assert (tmp_path / "a" / "b" / "p.json").read_bytes() == b"new"
+    (tmp_path / "a" / "folder.json").symlink_to("..")
+    assert "is a directory" in (await code(target(tmp_path / "a" / "folder.json")))[1]
+
+
+@dataclass
+class Enemy:
+    """Another user, who does `trick` at the `moment`-th time, from 0, that the agent does anything to files."""
+
+    moment: int
+    trick: Callable[[], None]
+    seen: int = 0
+
+
+AT_WORK: list[Enemy] = []
+
+
+@functools.cache
+def watch_the_agent() -> None:
+    """Let the enemy at work look on; such a hook can't be removed."""
+
+    def look(event: str, _: tuple[Any, ...]) -> None:
+        if AT_WORK and (event == "open" or event.startswith("os.")):
+            enemy = AT_WORK.pop()
+            if enemy.seen == enemy.moment:
+                enemy.trick()
+            enemy.seen += 1
+            AT_WORK.append(enemy)
+
+    sys.addaudithook(look)
+
+
+def swap_in_a_link(place: Path, leads_to: Path) -> None:
+    if place.is_file() or place.is_symlink():
+        place.unlink()
+    elif place.exists():
+        place.rename(f"{place}.aside")
+    lay_link(place, leads_to)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("what", ["p.json", ".candidate-p.json", ".p.json.new", "folder"])
+async def test_a_link_that_is_swapped_in_at_any_moment_costs_the_agent_nothing(tmp_path: Path, what: str) -> None:
+    key = Key(tmp_path / "state")
+    before = key.state
+    watch_the_agent()
+    for moment in itertools.count():
+        home = tmp_path / f"home{moment}"
+        home.mkdir()
+        (home / "p.json").write_bytes(b"old")
+        (home / "p.json").chmod(0o777)
+        for one in (home, home / "p.json"):
+            os.chown(one, OTHER, OTHER)
+        place, leads_to = (home, key.folder) if what == "folder" else (home / what, key.folder / "p.json")
+        enemy = Enemy(moment, lambda place=place, leads_to=leads_to: swap_in_a_link(place, leads_to))
+        one = target(home / "p.json")
+        AT_WORK.append(enemy)
+        try:
+            await judged(one)
+            with suppress(FailedError):
+                assert await targets.read(one) != b"PRIVATE"
+            with suppress(FailedError):
+                await targets.put(one, b"new")
+        finally:
+            AT_WORK.clear()
+        assert key.state == before, moment
+        if enemy.seen <= moment:
+            break
+    assert moment > 10
+    print(f"{moment} moments to swap in {what} tried")
 
 
 def a_directory(path: Path) -> None:

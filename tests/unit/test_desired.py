@@ -332,7 +332,8 @@ def trial(**changes: Any) -> Trial:
         {"log": {"level": "debug"}}, {"pipeline": {"fps": 1}}, {"/agent/log/level": ("shadow version 4", 9.0)}
     )
     values: dict[str, Any] = {
-        "candidate": InForce(4, Layer({}, {}, {}), shadow), "job": "", "changed": ("pipeline",),
+        "candidate": InForce(4, Layer({}, {}, {}), shadow), "applied": shadow.desired.as_json(), "job": "",
+        "job_digest": "", "judging_s": 0.0, "changed": ("pipeline",),
         "previous": {"pipeline": None}, "gated": True, "connectivity": False, "reboots": False, "stable_for_s": 60.0,
         "reach_within_s": 0.0, "reference": {"front": {"rate": 1}}, "started": 1000.0, "boot_id": "one",
     }  # fmt: skip

@@ -229,7 +229,7 @@ def test_schema_and_camera_agree(request: pytest.FixtureRequest) -> None:
     taken = {True: 0, False: 0}
     exhaustive = request.config.getoption("--exhaustive", default=False)
 
-    @settings(max_examples=20_000 if exhaustive else 600, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=10_000 if exhaustive else 600, suppress_health_check=[HealthCheck.too_slow])
     @given(documents())
     @example({"agent": {"capture": {"sources": {"side": {"pattern": "*.jpg"}}}}})
     @example({"agent": {"labels": {f"n{n}": "x" for n in range(16)}}})

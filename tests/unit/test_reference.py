@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.capture import kept
+from agent.capture.comparison import Comparison, compare_source, join
 from agent.capture.image_quality import REGIONS, Measures
-from agent.capture.reference import HISTORY_SAMPLES, Baseline, Comparison, History, compare_source, join
+from agent.capture.reference import HISTORY_SAMPLES, Baseline, History
 from agent.settings import Capture
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from agent.errors import FailedError, RefusedError
 from agent.jobs.operations.execution import Job
 
-TELL_EVERY_S = 60.0
+FIRST_TELL_S, TELL_EVERY_S = 2.0, 30.0
 MOST_WORDS = 600
 
 
@@ -58,13 +57,18 @@ class Configure:
     """REJECTED with nothing touched, FAILED when it was taken back, SUCCEEDED when it is in force and proven."""
 
     name = "configure"
+    lasting = True
+    """It may wait for days for a window, and each trial limits its own attempts."""
 
     def __init__(self, set_fleet: SetFleet, judge: Judge) -> None:
         self._set_fleet = set_fleet
         self._judge = judge
 
     def check(self, document: Mapping[str, Any]) -> None:
-        """Nothing in its document can be refused before the camera's own state is known."""
+        if not (document["agent"] or document["targets"] or document["replace"]):
+            raise RefusedError(
+                "bad_document", "it sets nothing: neither agent nor targets", "name what to set, or use replace"
+            )
 
     async def plan(self, document: Mapping[str, Any]) -> list[str]:
         """What `run` would do, in words. Raises RefusedError for what would be rejected."""
@@ -75,28 +79,19 @@ class Configure:
 
     async def run(self, job: Job) -> dict[str, str]:
         """Raises RefusedError, FailedError; when cancelled on trial, what was on trial is taken back first."""
-        saves: set[asyncio.Task[None]] = set()
-        told = float("-inf")
-
-        def tell(words: str) -> None:
-            nonlocal told
-            if time.monotonic() - told >= TELL_EVERY_S and not saves:
-                told = time.monotonic()
-                save = asyncio.create_task(job.save({"asked": True}, words))
-                saves.add(save)
-                save.add_done_callback(saves.discard)
-
+        words: list[str] = []
+        told = asyncio.create_task(_tell(job, words))
         try:
             outcome = await self._set_fleet(
                 f"{job.id}/{job.execution_number}",
                 _patch(job.document),
                 whole=job.document["replace"],
                 cancelled=job.cancelled,
-                tell=tell,
+                tell=words.append,
             )
         finally:
-            if saves:
-                await asyncio.wait(saves)
+            told.cancel()
+            await asyncio.wait({told})
         if outcome.state == "applied":
             return {"message": "the configuration is in force and has proven itself"}
         code = outcome.problems[0].code
@@ -105,9 +100,20 @@ class Configure:
                 raise FailedError(code, "the job was cancelled, nothing was changed")
             raise _refused(outcome.problems)
         if any(problem.code in ("revert_failed", "reboot_failed") for problem in outcome.problems):
-            words = f"taking it back failed in part: {_words(outcome.problems)}"
-            raise FailedError("rollback_failed", words, "see to the camera")
+            why = f"taking it back failed in part: {_words(outcome.problems)}"
+            raise FailedError("rollback_failed", why, "see to the camera")
         raise FailedError(code, f"taken back: {_words(outcome.problems)}", "send other values")
+
+
+async def _tell(job: Job, words: list[str]) -> None:
+    """Keep the latest of `words`, for the cloud to see what the job waits for, not more often than it is worth."""
+    kept = ""
+    while True:
+        await asyncio.sleep(FIRST_TELL_S if not kept else TELL_EVERY_S)
+        if words and words[-1] != kept:
+            kept = words[-1]
+            words.clear()
+            await job.save({"asked": True}, kept)
 
 
 def _patch(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -481,6 +481,9 @@ class Life:
 
     # Images
 
+    def judging_s(self, reference: Any, intervals: Any) -> float:
+        return 0.0
+
     async def settled(self) -> None:
         return
 

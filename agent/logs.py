@@ -16,10 +16,10 @@ import structlog
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 SECRET_KEY = re.compile(
-    r"(?i)(private_?key|secret|password|passwd|passphrase|access_?token|ownership_?token|authorization|credential)"
-    r"|(psk|api[_-]?key)$|(?<![^_\W])(pass|pwd|token)$"
+    r"(?i:private_?key|secret|password|passwd|passphrase|authorization|credential)"
+    r"|(?i:psk|pwd|token|(api|access)[_-]?key)s?[_-]?\d*$|((?<![A-Za-z])(?i:pass)|Pass)$"
 )
-NO_SECRET_KEY = re.compile(r"(?i:[_-](file|files|dir|path|id|ids|digest|s|at|count)$)|(File|Path|Id)$|^clientToken$")
+NO_SECRET_KEY = re.compile(r"[_-](file|files|dir|path|id|ids|at|s|count)$|(File|Path|Dir|Id|Count)$|^client_?[Tt]oken$")
 SECRETS = (
     (re.compile(r"(https?://[^\s\"'?]{1,2048})\?[^\s\"'<>]+"), r"\1?[redacted]"),
     (re.compile(r"\b(\w{1,20}://)(?!\[user:password@\])[^/\s:@]{1,256}:[^/\s@]{1,256}@"), r"\1[redacted]@"),

@@ -173,7 +173,7 @@ class RateLimit(Section):
 
     hours: Window
     """When it holds, local time in `maintenance.time_zone`: `06:00-22:00` or `mon-fri 06:00-22:00`."""
-    bytes_per_s: Annotated[int, Field(ge=1024)]
+    bytes_per_s: Annotated[int, Field(ge=1024, le=2**40)]
     """Most bytes per second."""
 
 

@@ -49,16 +49,23 @@ def read_site_or_kept(path: Path) -> Site:
     Raises SettingsError where there is no copy that can be used either.
     """
     try:
-        return read_site(path)
+        own = read_site(path)
     except SettingsError as error:
-        for folder in _state_dirs(path):
-            kept = folder / KEPT
-            try:
-                site = read_site(kept)
-                return replace(site, problem=error.message, kept_at=kept.stat().st_mtime)
-            except (SettingsError, OSError):
-                continue
+        if kept := _kept(path, error.message):
+            return kept
         raise
+    if own.settings.cloud.endpoint:
+        return own
+    kept = _kept(path, f"{path}: names no cloud.endpoint; it seems to be cut off")
+    return kept if kept and kept.settings.cloud.endpoint else own
+
+
+def _kept(path: Path, problem: str) -> Site | None:
+    for folder in _state_dirs(path):
+        kept = folder / KEPT
+        with contextlib.suppress(SettingsError, OSError):
+            return replace(read_site(kept), problem=problem, kept_at=kept.stat().st_mtime)
+    return None
 
 
 def keep(site: Site) -> None:

@@ -248,8 +248,8 @@ class Tables:
         """What the queue may take of its disk. Others who fill it make the queue stop growing, never shrink."""
         newest = self._sql.execute("SELECT disk_bytes FROM outbox ORDER BY id DESC LIMIT 1").fetchone() or (0,)
         pages, page_size = (self._sql.execute(f"PRAGMA {of}").fetchone()[0] for of in ("freelist_count", "page_size"))
-        unused = pages * page_size
-        return int(max(LEAST_QUEUE_BYTES, held - newest[0] + unused, (held + unused + free_bytes) / 2))
+        unused = pages * page_size  # of the file, which only grows
+        return int(max(LEAST_QUEUE_BYTES, held - newest[0], (held + unused + free_bytes) / 2))
 
     def _drop_oldest(self, priority: int, wanted: float, kept: str) -> tuple[int, int]:
         """Drop the oldest of a class until `wanted` bytes are free; how many, and their bytes."""

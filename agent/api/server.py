@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.api import routes, sockets
+from agent.api.redaction import marked, presentable
 from agent.errors import AgentError, CloudError, RefusedError
-from agent.logs import get_logger, redact
+from agent.logs import get_logger
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -246,9 +246,9 @@ class Server:
             log.info("request", method=request.method, path=request.path, actor=f"local:{user}", pid=peer.pid)
         asked = routes.Request(values, dict(request.query), f"local:{user}", body, admin)
         reply = await route.handler(self._agent, asked)
-        show: Show = _presentable
+        show: Show = presentable
         if route.whole:
-            show = dict if admin or self._names(user, route.whole, values) else _marked
+            show = dict if admin or self._names(user, route.whole, values) else marked
         if isinstance(reply, dict):
             return _json(200, reply, show)
         if isinstance(reply, routes.Text):
@@ -366,27 +366,8 @@ def _error(status: int, code: str, message: str, hint: str = "") -> web.Response
 
 def _encode(document: routes.Json, show: Show | None = None) -> bytes:
     """JSON in UTF-8; halves of surrogate pairs, as in file names that are not UTF-8, become JSON's own escapes."""
-    text = json.dumps({"schema": SCHEMA, **(show or _presentable)(document)}, default=str, ensure_ascii=False)
+    text = json.dumps({"schema": SCHEMA, **(show or presentable)(document)}, default=str, ensure_ascii=False)
     return text.encode(errors="backslashreplace")
-
-
-def _marked(document: routes.Json) -> routes.Json:
-    """`document` without secrets, saying so with `redacted` where there were some."""
-    shown: routes.Json = _presentable(document)
-    return shown if shown == document else {**shown, "redacted": True}
-
-
-def _presentable(value: Any) -> Any:
-    """`value` without secrets, and with null for the numbers that JSON doesn't have."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: _presentable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_presentable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _busy() -> bytes:

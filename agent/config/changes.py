@@ -105,6 +105,7 @@ class Changes:
             job=request.job if request else "",
             job_digest=request.digest if request else "",
             changed=plan.targets,
+            where=_where(plan, self._camera.remote),
             previous={name: records.encode(content) for name, content in previous.items()},
             gated=gated,
             connectivity=plan.connectivity,
@@ -190,7 +191,7 @@ class Changes:
         try:
             contents = {name: self._content(trial, name) for name in trial.changed}
         except AgentError as error:  # what an earlier version of the agent could write
-            return [Problem(_where(trial), error.message, error.code)]
+            return [Problem(trial.where, error.message, error.code)]
         return await self._components.apply(candidate.settings, contents, touched)
 
     def _content(self, trial: Trial, name: str) -> bytes | None:
@@ -236,7 +237,7 @@ class Changes:
                 await self._camera.reconnect()  # what is connected still goes the old way
             if not await self._reach_cloud(trial):
                 words = f"the cloud was not reached over the new settings within {trial.reach_within_s:.0f} s"
-                return [Problem(_where(trial), words, "unreachable")]
+                return [Problem(trial.where, words, "unreachable")]
         announcement = asyncio.ensure_future(self._camera.announce())
         try:
             before = await self._components.restarts(trial.changed)
@@ -253,10 +254,8 @@ class Changes:
                 announcement.cancel()
             await asyncio.wait({announcement})
         if not reasons and trial.connectivity and not await self._reach_cloud(trial):
-            return [
-                Problem(_where(trial), "the cloud was reached over the new settings, and lost again", "unreachable")
-            ]
-        return [Problem(_where(trial), why, "trial_failed") for why in reasons]
+            return [Problem(trial.where, "the cloud was reached over the new settings, and lost again", "unreachable")]
+        return [Problem(trial.where, why, "trial_failed") for why in reasons]
 
     async def _reach_cloud(self, trial: Trial) -> bool:
         """Whether a report is acknowledged over the settings now in force."""
@@ -326,6 +325,10 @@ def _by(trial: Trial) -> str:
     return f"job {trial.job}" if trial.job else "shadow"
 
 
-def _where(trial: Trial) -> str:
-    """The JSON pointer of what changed, as closely as that can be said."""
-    return pointer("targets", trial.changed[0]) if len(trial.changed) == 1 else ""
+def _where(plan: Plan, remote: Marks) -> str:
+    """The JSON pointer of what changes, as closely as that can be said."""
+    everything = [pointer("targets", name) for name in plan.targets] + [pointer("agent", *key) for key in plan.keys]
+    if len(everything) == 1:
+        return everything[0]
+    keys = [key for key in plan.keys if (mark := remote(key)) and mark.applies == "connectivity"]
+    return pointer("agent", *keys[0]) if len(keys) == 1 else ""

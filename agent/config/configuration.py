@@ -99,9 +99,10 @@ class Configuration:
         self._shadow_is_newer = False
         """Whether the shadow changed after a job asked: what came last goes first, so that it may end what the other waits for."""
         self._connected = False
-        self._loaded = False
+        self._loaded = self._holds_lock = False
         self._room = reported.SHADOW_BYTES
         self._reporter = Reporter(shadow)
+        self._judging = asyncio.Lock()  # each target has one place for a candidate, and plans are asked for at any time
         self._wake = asyncio.Event()
         self._patience = Patience(hold, gate.settled, self._wake, self._announce)
         shadow.on_delta(self._on_delta)
@@ -116,12 +117,16 @@ class Configuration:
             log.error("what is stored does not go with agent.toml", errors=errors)
         good, _ = wishes.validate(self._site, {"agent": self._keeper.fitted.desired.agent}, self._remote)
         self._changes.good = good.settings if good else self._settings
-        await asyncio.to_thread(self._components.remove_leftovers)
+        async with self._judging:
+            await asyncio.to_thread(self._components.remove_leftovers)
         try:
             await self._components.put_settings(self._changes.good)
         except AgentError as error:
             log.exception("the stored configuration can't be put in force", code=error.code, reason=error.message)
         self._components.offer(self._keeper.fitted.desired.targets)
+        if self._keeper.kept.trial and not self._holds_lock:
+            await self._lock.acquire()  # until `run` has ended it
+            self._holds_lock = True
         self._loaded = True
         self._on_change()
 
@@ -131,8 +136,6 @@ class Configuration:
             await self.load()
         self._loaded = False  # when this ends by an error and begins again, all is read anew
         self._reporter.forget()
-        async with self._lock:
-            await leave_old_places(self._keeper, self._components)
         await self._go_on()
         self._wake.set()
         failures = 0
@@ -255,15 +258,18 @@ class Configuration:
     # ---- start -----------------------------------------------------------------------------------------------------
 
     async def _go_on(self) -> None:
-        """What was on trial when the agent ended goes on, or is taken back."""
-        trial = self._keeper.kept.trial
-        if trial is None:
-            return
-        async with self._lock:
-            trial = trials.after_restart(trial, self._now(), self._boot_id or "")
-            log.warning("a configuration trial was interrupted", then=trial.phase, attempts=trial.attempts)
-            await self._changes.resume(trial)
-        self._wake.set()
+        """What was on trial when the agent ended goes on, or is taken back; no other change comes in between."""
+        if not self._holds_lock:
+            await self._lock.acquire()
+        self._holds_lock = False
+        try:
+            await leave_old_places(self._keeper, self._components)
+            if trial := self._keeper.kept.trial:
+                trial = trials.after_restart(trial, self._now(), self._boot_id or "")
+                log.warning("a configuration trial was interrupted", then=trial.phase, attempts=trial.attempts)
+                await self._changes.resume(trial)
+        finally:
+            self._lock.release()
 
     # ---- jobs ------------------------------------------------------------------------------------------------------
 
@@ -282,6 +288,9 @@ class Configuration:
 
     async def _carry_out(self, asked: Request) -> None:
         in_force, problems = self._with_fleet(asked.job, asked.patch, whole=asked.whole)
+        if in_force.digest == self._keeper.kept.good.digest and not (problems or self._keeper.out_of_place):
+            asked.answer(self._told(asked, Outcome(asked.job, asked.digest, "applied")))
+            return
         if not problems:
             candidate, plan, problems = await self._judge(self._awake(in_force, job=True))
             if candidate and plan and not problems:
@@ -294,7 +303,15 @@ class Configuration:
         if problems:
             asked.reject(*problems)
         elif outcome := self._keeper.kept.outcome:
-            asked.answer(outcome)
+            asked.answer(self._told(asked, outcome))
+
+    def _told(self, asked: Request, outcome: Outcome) -> Outcome:
+        """With what of it is not in force, because the camera's own shadow sets it otherwise."""
+        shadow = wishes.leaves(self._keeper.kept.good.shadow.desired.as_json())
+        hidden = [path for path, value in wishes.leaves(asked.patch).items() if value is not None and value != shadow.get(path, value)]
+        words = "the camera's own shadow sets it otherwise"
+        notes = [Problem(wishes.pointer(*path), words, "overridden") for path in hidden]
+        return outcome if outcome.state != "applied" else replace(outcome, problems=tuple(wishes.few(notes)))
 
     def _with_fleet(self, job: str, patch: Mapping[str, Any], *, whole: bool) -> tuple[InForce, list[Problem]]:
         """What would be in force with another fleet layer."""
@@ -380,9 +397,10 @@ class Configuration:
         )  # a time zone is a file
         in_place = self._keeper.in_place.desired.targets
         plan = wishes.plan(self._changes.good, in_place, candidate, self._remote) if candidate else None
-        for name, wanted in desired.targets.items():
-            if name in self._components.targets and (plan is None or name in plan.targets):
-                problems += await targets.judge(name, self._components.targets[name], wanted)
+        async with self._judging:
+            for name, wanted in desired.targets.items():
+                if name in self._components.targets and (plan is None or name in plan.targets):
+                    problems += await targets.judge(name, self._components.targets[name], wanted)
         return candidate, plan, wishes.few(problems)
 
     async def _begin(
@@ -394,11 +412,14 @@ class Configuration:
         while True:
             if plan.on_trial and not await self._patience.may_begin(subject, images=images, tell=tell):
                 return None
+            if self._lock.locked():
+                await self._patience.say("change", "waits until an update or another change has ended", tell)
             async with self._lock:
                 if self._wake.is_set() or (asked and asked is not self._asked):
                     return None
                 if plan.on_trial and await self._hold(subject):  # it may have taken long to get here
                     continue
+                self._patience.over()
                 tell("on trial" if plan.on_trial else "being applied")
                 if asked and asked.cancelled.is_set():
                     return None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.config.desired import Desired, digest, leaves, merge, pointer
+from agent.config.desired import Desired, KeyPath, digest, is_table, leaves, merge, pointer
 
 Since = tuple[str, float]
 """Who set a value, such as `shadow version 7` or `job J-1`, and when, in epoch seconds."""
@@ -100,9 +100,11 @@ def patched(desired: Desired, patch: Mapping[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _without_empty(tree: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    return {key: value for key, value in kept.items() if value != {}}
+def _without_empty(tree: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
+    kept = {
+        key: _without_empty(value, (*path, key)) if isinstance(value, dict) else value for key, value in tree.items()
+    }
+    return {key: value for key, value in kept.items() if value != {} or not is_table((*path, key))}
 
 
 def from_json(record: Mapping[str, Any]) -> InForce:

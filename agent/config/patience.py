@@ -48,11 +48,11 @@ class Patience:
     async def may_begin(self, subject: str, *, images: bool, tell: Callable[[str], None]) -> bool:
         """Wait for all of it, with a reference where `images`; False when something newer may be wanted by now."""
         while hold := await self._hold(subject):
-            await self._say(hold.code, hold.words, tell)
+            await self.say(hold.code, hold.words, tell)
             if await self._woken_within(min(hold.look_again_s, HELD_LOOK_S)):
                 return False
         if images:
-            await self._say(IMAGES, "watching the images before the change", tell)
+            await self.say(IMAGES, "watching the images before the change", tell)
             if not await self._reference():
                 return False
         self.over()
@@ -62,7 +62,8 @@ class Patience:
         """Nothing waits any more."""
         self._code = self.waits_for = ""
 
-    async def _say(self, code: str, words: str, tell: Callable[[str], None]) -> None:
+    async def say(self, code: str, words: str, tell: Callable[[str], None]) -> None:
+        """Say what is waited for."""
         if words != self.waits_for:
             self.waits_for = words
             tell(words)

@@ -150,10 +150,9 @@ def remove_leftovers(target: ConfigTarget) -> None:
     """Remove what a cut while checking or writing left beside the file. Blocking; raises OSError."""
     if target.path is None:
         return
+    _remove_candidate(target.path)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), _placed(target.path) as place:
-        candidate = _candidate(place.file)
-        for path in (candidate, *(one.with_name(f".{one.name}.new") for one in (candidate, place.file))):
-            path.unlink(missing_ok=True)
+        place.file.with_name(f".{place.file.name}.new").unlink(missing_ok=True)
 
 
 def _path(target: ConfigTarget) -> Path:
@@ -281,7 +280,7 @@ async def _try_out(name: str, target: ConfigTarget, path: Path, content: bytes, 
     except FailedError as error:
         return [Problem(where, error.message, error.code)]
     finally:
-        await asyncio.to_thread(_clear_away, name, target)
+        await asyncio.to_thread(_clear_away, name, path)
 
 
 def _place_candidate(path: Path, content: bytes) -> Path:
@@ -340,11 +339,19 @@ def _lost_readers(descriptor: int, before: os.stat_result | None) -> str:
     return ""
 
 
-def _clear_away(name: str, target: ConfigTarget) -> None:
+def _clear_away(name: str, path: Path) -> None:
     try:
-        remove_leftovers(target)
+        _remove_candidate(path)
     except OSError as error:
         log.warning("can't remove a candidate file", target=name, reason=str(error))
+
+
+def _remove_candidate(path: Path) -> None:
+    """And nothing else: the file itself may be being written."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _placed(path) as place:
+        candidate = _candidate(place.file)
+        for each in (candidate, candidate.with_name(f".{candidate.name}.new")):
+            each.unlink(missing_ok=True)
 
 
 async def _run_check(where: str, argv: list[str], timeout_s: float) -> list[Problem]:

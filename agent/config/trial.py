@@ -22,7 +22,8 @@ class Trial:
     """A candidate that is being applied and watched, or taken back.
 
     `applied` is the document that is tried, which is `candidate` but for stored values that do not go with agent.toml.
-    `job` names the job execution that asked for it, empty: the shadow did; `judging_s` is what the gate may need where images are rare. `previous` holds each touched target's file
+    `job` names the job execution that asked for it, empty: the shadow did; `judging_s` is what the gate may need where images are rare. `where` is the JSON pointer of what changed, as closely as it
+    can be said. `previous` holds each touched target's file
     before the change in base64, None where there was none; `reference` is the gate's picture of the images before the
     change; times are in epoch seconds. `reboots`: it takes effect by a reboot; `booted_with` is what the camera started
     with; `awaits_boot`: the boot id at which a reboot was asked for, once all files were in place.
@@ -33,6 +34,7 @@ class Trial:
     job: str
     job_digest: str
     changed: tuple[str, ...]
+    where: str
     previous: dict[str, str | None]
     gated: bool
     connectivity: bool
@@ -92,6 +94,7 @@ def salvage(record: Any) -> Trial | None:
         job=str(record.get("job", "")),
         job_digest=str(record.get("job_digest", "")),
         changed=tuple(kept),
+        where="",
         previous=kept,
         gated=False,
         connectivity=False,

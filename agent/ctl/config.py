@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     got.add_argument("key", type=name, metavar="KEY", help="such as telemetry.interval_s")
     explained = actions.add_parser("explain", help="one key: value, origin, default, unit, meaning")
     explained.add_argument("key", type=name, metavar="KEY", help="such as telemetry.interval_s")
-    actions.add_parser("diff", help="what the cloud wants and is not in force; exit 10 when there is any")
+    actions.add_parser("diff", help="what the cloud wants and is not in force for good; exit 10 when there is any")
     checked = actions.add_parser("check", help="whether a file would do as agent.toml; exit 2 when not")
     checked.add_argument("file", metavar="FILE")
     target = actions.add_parser("target", help="what another program on the camera should run with now")
@@ -102,9 +102,8 @@ def _show(arguments: Namespace, config: Json) -> int:
         table, _, key = dotted.rpartition(".")
         if table != section:
             section = table
-            lines += ["", output.paint(f"[{output.clean(table)}]", "strong")]
-        first, *more = output.wrap(output.clean(f"{key} = {_value(entry.get('value'))}"), output.WIDTH)
-        lines += [first, *(f"    {line}" for line in output.wrap(" ".join(more), output.WIDTH - 4) if line)]
+            lines += ["", *_strong(f"[{table}]")]
+        lines += output.wrap(output.clean(f"{key} = {_value(entry.get('value'))}"), output.WIDTH, hang=4)
         note, last = output.clean(f"# {origin}"), lines[-1]
         apart = max(2, min(52, output.WIDTH - len(note)) - len(last))
         if len(last) + apart + len(note) <= output.WIDTH:
@@ -118,8 +117,8 @@ def _show(arguments: Namespace, config: Json) -> int:
 def _state(config: Json) -> list[str]:
     """How what the cloud wants stands, as comments."""
     shadow = config.get("shadow", {})
-    version, state = shadow.get("desired_version"), shadow.get("state") or "none"
-    wanted = f"wants version {version}: {state}" if version is not None else "wants nothing"
+    version = shadow.get("desired_version")
+    wanted = f"wants version {version}: {_how_it_stands(shadow)}" if version is not None else "wants nothing"
     lines = output.paragraph("# ", f"{config.get('file', 'agent.toml')}; the cloud {wanted}", 0)
     if shadow.get("waits_for"):
         lines += output.paragraph("# waits for: ", shadow["waits_for"], 0)
@@ -128,8 +127,20 @@ def _state(config: Json) -> list[str]:
     return [line if line.startswith("#") else f"#{line[1:]}" for line in lines]
 
 
+def _how_it_stands(shadow: Json) -> str:
+    """`on trial for job J-1`, or the other states as they are called."""
+    if shadow.get("state") != "trial":
+        return str(shadow.get("state") or "none")
+    job = str(shadow.get("job") or "").partition("/")[0]
+    return f"on trial for job {job}" if job else "on trial"
+
+
+def _strong(text: str) -> list[str]:
+    return [output.paint(line, "strong") for line in output.wrap(output.clean(text), output.WIDTH, hang=4)]
+
+
 def _value(value: Any) -> str:
-    return "(not set)" if value is None else json.dumps(value, ensure_ascii=False)
+    return "(not set)" if value is None else output.json_text(value)
 
 
 def _get(arguments: Namespace, config: Json) -> int:
@@ -148,7 +159,7 @@ def _get(arguments: Namespace, config: Json) -> int:
     elif isinstance(value, str):
         output.show(output.clean(value))
     else:
-        output.show("" if value is None else json.dumps(value, ensure_ascii=False))
+        output.show("" if value is None else output.json_text(value))
     return ANSWERED
 
 
@@ -180,8 +191,8 @@ def _explain(arguments: Namespace, client: Client) -> int:
         [("overrides", "quiet"), f"{_value(layer.get('value'))} from {layer.get('origin')}"]
         for layer in reply.get("overrides") or []
     ]
-    head = output.clean(f"{reply.get('key', arguments.key)} = {_value(reply.get('value'))}")
-    output.show([output.paint(head, "strong"), *output.table(rows, indent=2)])
+    head = f"{reply.get('key', arguments.key)} = {_value(reply.get('value'))}"
+    output.show([*_strong(head), *output.table(rows, indent=2)])
     return ANSWERED
 
 
@@ -199,36 +210,42 @@ def _explain_table(arguments: Namespace, table: Json) -> int:
         output.show_json({"key": arguments.key, "keys": list(table)})
         return ANSWERED
     rows: list[list[output.Cell]] = [[key, _value(entry.get("value"))] for key, entry in table.items()]
-    head = f"{output.paint(output.clean(arguments.key), 'strong')} is a table; its keys, to explain one of them:"
-    output.show([head, *output.table(rows, indent=2)])
+    head = output.paragraph("", f"{arguments.key} is a table; its keys, to explain one of them:", 0)
+    output.show([*head, *output.table(rows, indent=2)])
     return ANSWERED
 
 
 def _diff(arguments: Namespace, config: Json) -> int:
     shadow = config.get("shadow", {})
     found = differences(shadow.get("desired") or {}, config.get("effective", {}))
-    errors = shadow.get("errors") or []
+    settled = shadow.get("state") in (None, "none", "applied") and not shadow.get("waits_for")
     if arguments.json:
         keys = ("state", "desired_version", "errors")
-        output.show_json({"differences": found, **{key: shadow.get(key) for key in keys}})
-    elif not found:
+        more = {key: shadow[key] for key in ("job", "waits_for") if shadow.get(key)}
+        output.show_json({"differences": found, **{key: shadow.get(key) for key in keys}, **more})
+    elif not found and settled:
         output.show("all that the cloud wants is in force")
     else:
-        version = shadow.get("desired_version")
-        lines = [f"version {version} from the cloud is {output.clean(shadow.get('state') or 'not in force')}"]
-        for difference in found:
-            pointer = difference["pointer"]
-            wanted, in_force = _value(difference["wanted"]), _value(difference["in_force"])
-            lines += ["", output.paint(output.clean(pointer), "strong")]
-            if difference.get("origin"):
-                in_force += f" from {difference['origin']}"
-            lines += output.table([[("wanted", "quiet"), wanted], [("in force", "quiet"), in_force]], indent=2)
-        if shadow.get("waits_for"):
-            lines += ["", *output.paragraph("waits for: ", shadow["waits_for"], 2)]
-        for error in errors:
-            lines += ["", *output.paragraph("why: ", f"{error.get('pointer', '')} {error.get('message', '')}", 2)]
-        output.show(lines)
-    return ATTENTION if found else ANSWERED
+        output.show(_describe_difference(found, shadow))
+    return ANSWERED if settled and not found else ATTENTION
+
+
+def _describe_difference(found: list[Json], shadow: Json) -> list[str]:
+    words = f"version {shadow.get('desired_version')} from the cloud is {_how_it_stands(shadow)}"
+    if shadow.get("state") == "trial" and not found:
+        words += ": in force, and taken back unless it proves itself"
+    lines = output.paragraph("", words, 0)
+    for difference in found:
+        wanted, in_force = _value(difference["wanted"]), _value(difference["in_force"])
+        lines += ["", *_strong(difference["pointer"])]
+        if difference.get("origin"):
+            in_force += f" from {difference['origin']}"
+        lines += output.table([[("wanted", "quiet"), wanted], [("in force", "quiet"), in_force]], indent=2)
+    if shadow.get("waits_for"):
+        lines += ["", *output.paragraph("waits for: ", shadow["waits_for"], 2)]
+    for error in shadow.get("errors") or []:
+        lines += ["", *output.paragraph("why: ", f"{error.get('pointer', '')} {error.get('message', '')}", 2)]
+    return lines
 
 
 def _check(arguments: Namespace) -> int:

@@ -89,10 +89,10 @@ def listing(jobs: list[Json]) -> list[str]:
     for job in jobs:
         operation, job_id = str(job.get("operation") or "-"), str(job.get("job_id", "?"))
         rows.append([(outcome(job), outcome_colour(job)), output.moment(job.get("received_at")), operation, job_id])
-    first, *rest = output.table(rows)
-    lines = [first]
-    for line, job in zip(rest, jobs, strict=True):
-        lines += [line, *(output.paragraph("", story(job), 4) if story(job) else [])]
+    first, *rest = output.table_rows(rows)
+    lines = first
+    for row, job in zip(rest, jobs, strict=True):
+        lines += [*row, *(output.paragraph("", story(job), 4) if story(job) else [])]
     return lines
 
 

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 from agent.ctl.exits import ERROR, Failure
 
 WIDTH = 80
+NARROWEST = 20
+"""Characters that text which goes on below itself has at least."""
 COLOURS = {"good": "32", "attention": "33", "bad": "31", "quiet": "2", "strong": "1"}
 
 Cell = str | tuple[str, str]
@@ -41,8 +43,13 @@ def show(lines: Iterable[str] | str) -> None:
 
 def show_json(document: dict[str, Any], *, line: bool = False) -> bool:
     """Print a JSON object, on one line when it is one of a stream; whether anybody still reads."""
-    text = json.dumps({"schema": 1, **document}, indent=None if line else 2, ensure_ascii=False)
-    return _write(text.encode(errors="backslashreplace").decode())
+    return _write(json_text({"schema": 1, **document}, indent=None if line else 2))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, readable, with escapes for the characters that could play tricks on a terminal."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def show_frame(lines: Iterable[str]) -> None:
@@ -96,34 +103,62 @@ def say(text: str) -> None:
 
 def table(rows: Sequence[Sequence[Cell]], indent: int = 0) -> list[str]:
     """Rows in aligned columns, two spaces apart; the last column goes on below itself where the line is full."""
+    return [line for lines in table_rows(rows, indent) for line in lines]
+
+
+def table_rows(rows: Sequence[Sequence[Cell]], indent: int = 0) -> list[list[str]]:
+    """The lines of each row of such a table. The last cell is below the others where these are too wide, or where only so
+    its words, such as the id of a job, stay whole.
+    """
     plain = [[_text(cell) for cell in row] for row in rows]
+    widths = _widths(plain, indent)
+    return [_row(row, texts, widths[: len(row) - 1], indent) for row, texts in zip(rows, plain, strict=True)]
+
+
+def _row(row: Sequence[Cell], texts: list[str], widths: list[int], indent: int) -> list[str]:
+    if not row:
+        return [""]
+    *before, last = texts
+    beside = indent + sum(width + 2 for width in widths)
+    longest = max(map(len, last.split()), default=0)
+    at = indent + 4 if WIDTH - beside < longest <= WIDTH - indent - 4 else beside
+    cells = [paint(line, _colour(row[-1])) for line in wrap(last, WIDTH - at)]
+    if any(len(text) > width for text, width in zip(before, widths, strict=True)):
+        lines = [" " * indent + paint(line, _colour(row[0])) for line in wrap("  ".join(before), WIDTH - indent)]
+    else:
+        columns = zip(row, before, widths, strict=False)
+        start = "".join(paint(text, _colour(cell)) + " " * (width - len(text) + 2) for cell, text, width in columns)
+        lines = [" " * indent + start + (cells.pop(0) if at == beside else "")]
+    return [*(line.rstrip() for line in lines), *(" " * at + cell for cell in cells)]
+
+
+def _widths(plain: Sequence[Sequence[str]], indent: int) -> list[int]:
+    """Of all columns but the last; the widest cells don't count where they would leave the last one too little."""
     columns = max((len(row) for row in plain), default=0)
-    widths = [max((len(row[i]) for row in plain if i < len(row) - 1), default=0) for i in range(columns)]
-    lines = []
-    for row, texts in zip(rows, plain, strict=True):
-        start = " " * indent
-        used = indent
-        for i in range(len(row) - 1):
-            start += paint(texts[i], _colour(row[i])) + " " * (widths[i] - len(texts[i]) + 2)
-            used += widths[i] + 2
-        first, *more = wrap(texts[-1], WIDTH - used) if row else [""]
-        lines.append((start + paint(first, _colour(row[-1]))).rstrip() if row else "")
-        lines += [" " * used + paint(line, _colour(row[-1])) for line in more]
-    return lines
+    needed = min(NARROWEST, max((len(row[-1]) for row in plain if row), default=0))
+    most = WIDTH
+    while True:
+        cells = [[len(row[i]) for row in plain if i < len(row) - 1 and len(row[i]) <= most] for i in range(columns - 1)]
+        widths = [max(column, default=0) for column in cells]
+        if indent + sum(width + 2 for width in widths) + needed <= WIDTH:
+            return widths
+        most = max(widths) - 1
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width` characters, broken between words only."""
+def wrap(text: str, width: int, hang: int = 0) -> list[str]:
+    """`text` in lines of at most `width` characters, those below the first `hang` further in; broken between words, if any."""
     if len(text) <= width:
         return [text]
     import textwrap
 
-    return textwrap.wrap(text, max(width, 20), break_on_hyphens=False, break_long_words=False) or [""]
+    return textwrap.wrap(text, max(width, NARROWEST), subsequent_indent=" " * hang, break_on_hyphens=False) or [""]
 
 
 def paragraph(label: str, text: str, indent: int) -> list[str]:
     """`label` and a text that goes on below its own first line."""
     start = " " * indent + label
+    if len(start) > WIDTH - NARROWEST:
+        return [" " * indent + line for line in wrap(label + clean(text), WIDTH - indent, hang=4)]
     first, *more = wrap(clean(text), WIDTH - len(start))
     return [start + first, *(" " * len(start) + line for line in more)]
 

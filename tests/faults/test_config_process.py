@@ -81,7 +81,8 @@ async def is_taken_back_without_the_cloud(s: Scene, proxy_url: str, interfere: C
     status = await s.told("reverted", version)
     assert s.cloud.config.cloud.reported["agent"]["cloud"]["proxy_url"] == ""
     assert status["errors"] == line["errors"]
-    return at("", line["errors"][0]["code"], status)
+    code = line["errors"][0]["code"]
+    return at("/agent/cloud/proxy_url" if code == "unreachable" else "", code, status)
 
 
 async def wrong_proxies_one_after_the_other(folder: Path) -> None:

@@ -318,7 +318,7 @@ def test_jobs_are_listed_with_their_reasons(camera: Camera):
     camera.write()
     shown = camera.run("jobs").stdout
     assert re.search(r"^IN_PROGRESS .*UTC  update +long\n    downloading$", shown, re.MULTILINE)
-    assert re.search(r"^FAILED .* 7{64}\n    rolled back: sharpness fell", shown, re.MULTILINE)
+    assert re.search(r"^FAILED .* update\n    7{64}\n    rolled back: sharpness fell", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -526,6 +526,80 @@ def test_config_diff_exits_10_when_it_differs(camera: Camera):
             "origin": "shadow version 12",
         }
     ]
+
+
+def test_config_diff_exits_10_also_on_trial_and_when_something_is_refused(camera: Camera):
+    shadow = camera.state["config"]["shadow"]
+    shadow |= {"state": "trial", "desired_version": 13, "job": "J-1/2"}
+    camera.write()
+    done = camera.run("config", "diff")
+    words = "version 13 from the cloud is on trial for job J-1: in force, and taken back"
+    assert (done.returncode, done.stdout.splitlines()[0]) == (10, words)
+    code, document = camera.json("config", "diff")
+    assert (code, document["differences"], document["state"], document["job"]) == (10, [], "trial", "J-1/2")
+    assert "version 13: on trial for job J-1\n" in camera.run("config").stdout
+    del shadow["job"]
+    shadow |= {"waits_for": "the end of an update of pipeline"}
+    camera.write()
+    done = camera.run("config", "diff")
+    assert done.returncode == 10
+    assert done.stdout.startswith("version 13 from the cloud is on trial: ")
+    assert "waits for: the end of an update of pipeline" in done.stdout
+    shown = camera.run("config").stdout
+    assert "version 13: on trial\n# waits for: the end of an update of pipeline\n" in shown
+    shadow |= {
+        "state": "rejected",
+        "waits_for": "",
+        "errors": [{"pointer": "/x", "message": "no such key", "code": "c"}],
+    }
+    camera.write()
+    done = camera.run("config", "diff")
+    assert (done.returncode, "is rejected\n" in done.stdout, "why: /x no such key" in done.stdout) == (10, True, True)
+    shadow |= {"state": "applied", "errors": [], "waits_for": "images"}
+    camera.write()
+    done = camera.run("config", "diff")
+    assert (done.returncode, "waits for: images" in done.stdout, "all that" in done.stdout) == (10, True, False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["config"], ["config", "diff"], ["config", "explain", "targets.p"], ["config", "target"], ["jobs"], ["status"]],
+    ids=" ".join,
+)
+def test_no_line_is_wider_than_80_columns(camera: Camera, words: list[str]):
+    long = "x" * 100
+    job, config = camera.state["jobs"][0], camera.state["config"]
+    job |= {"job_id": "J" * 64, "operation": "o" * 40, "status": "FAILED", "details": {"message": long}}
+    error = {"pointer": f"/targets/{long}", "message": long, "code": "c"}
+    config["shadow"] |= {"state": "rejected", "waits_for": long, "errors": [error]}
+    config["shadow"]["desired"]["targets"]["p"] = {long: long, "short": "new"}
+    origin = f"job {'J' * 64}"
+    config["effective"] |= {
+        f"targets.p.{long}": {"value": [long], "origin": origin, "since": None, "remote": True},
+        f"{long}.{long}.short": {"value": long, "origin": long, "since": None, "remote": True},
+        "targets.p.short": {"value": "old", "origin": origin, "since": None, "remote": True},
+    }
+    camera.state["offers"][f"t{long}"] = [{long: long, "fps": 5}, "applied"]
+    camera.stop()
+    camera.start()
+    done = camera.run(*words)
+    assert done.stdout
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+
+
+def test_json_has_escapes_for_what_plays_tricks_on_terminals(camera: Camera):
+    text = "caf\u00e9 \u009b31m \u202e \u200b \x7f \U000e0041 \u2028 \U0001f600"
+    camera.state["config"]["effective"]["targets.pipeline.names"] = {"value": [text], "origin": "site file"}
+    camera.write()
+    for shown in (
+        camera.run("config", "--json").stdout,
+        on_a_terminal(camera, "config", "--json"),
+        camera.run("config", "get", "targets.pipeline.names").stdout,
+        camera.run("config").stdout,
+    ):
+        assert [character for character in shown if not (character.isprintable() or character == "\n")] == []
+        assert {"caf\u00e9", "\U0001f600"} <= {word.strip('"[],') for word in shown.split()}
+    assert camera.json("config")[1]["effective"]["targets.pipeline.names"]["value"] == [text]
 
 
 def test_config_show_says_what_a_trial_waits_for_and_why_one_ended(camera: Camera):

@@ -30,7 +30,7 @@ from agent.api.sockets import Peer
 from agent.errors import AgentError, RefusedError
 from agent.settings import Settings
 from agent.views import Parts, View
-from tests.integration.fake_daemon import FakeAgent, healthy_state
+from tests.integration.fake_daemon import EXPLAINED, FakeAgent, healthy_state
 
 NOBODY = 65534
 ROOT = Path(__file__).parents[2]
@@ -183,6 +183,48 @@ async def test_secrets_and_impossible_numbers_do_not_leave(api: Running):
     assert (status, document["cloud"]["latency_s"]) == (200, None)
     for target in ("/v1/config", "/v1/jobs/update-17", "/v1/jobs"):
         assert "secret" not in json.dumps((await api.get(target))[1])
+
+
+async def test_values_of_secrets_do_not_leave_in_any_form(api: Running):
+    config = api.agent.state["config"]
+    config["shadow"]["desired"]["targets"]["pipeline"] |= {"wifi": {"psk": "hunter2"}, "tokens": ["hunter2"]}
+    secret = {"value": "hunter2", "origin": "shadow version 12", "since": 1.0, "remote": True}
+    config["effective"] |= {"targets.pipeline.wifi.psk": secret, "targets.pipeline.credentials.0": secret}
+    EXPLAINED["targets.pipeline.wifi.psk"] = {
+        **EXPLAINED["telemetry.interval_s"],
+        "value": "hunter2",
+        "overrides": [{"origin": "default", "value": "hunter2"}],
+        "default": 12345678,
+    }
+    try:
+        replies = [(await api.get(f"/v1/config{more}"))[1] for more in ("", "/explain?key=targets.pipeline.wifi.psk")]
+    finally:
+        del EXPLAINED["targets.pipeline.wifi.psk"]
+    assert "hunter2" not in json.dumps(replies)
+    assert replies[0]["effective"]["targets.pipeline.wifi.psk"] == {**secret, "value": "[redacted]"}
+    assert (replies[1]["overrides"], replies[1]["default"], replies[1]["unit"]) == (
+        [{"origin": "default", "value": "[redacted]"}],
+        "[redacted]",
+        "s",
+    )
+
+
+@pytest.mark.parametrize("path", PLAIN)
+async def test_of_ordinary_replies_nothing_is_redacted_but_urls(api: Running, path: str):
+    path = path.replace("{id}", "update-17").replace("{name}", "pipeline")
+    answer = json.dumps((await api.get(path.replace("explain", "explain?key=cloud.endpoint")))[1])
+    for url in ("https://bucket.s3.amazonaws.com/a?[redacted]", "http://[redacted]@proxy", "rtsp://[redacted]@10."):
+        answer = answer.replace(url, "")
+    assert "[redacted]" not in answer
+
+
+async def test_the_words_about_a_setting_come_whole(api: Running):
+    words = "HTTP proxy, `http://[user:password@]host:port`. Empty: none."
+    EXPLAINED["cloud.proxy_url"] = {**EXPLAINED["cloud.endpoint"], "description": words}
+    try:
+        assert (await api.get("/v1/config/explain?key=cloud.proxy_url"))[1]["description"] == words
+    finally:
+        del EXPLAINED["cloud.proxy_url"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -445,7 +487,7 @@ def test_aiohttp_waits_for_the_first_client(tmp_path: Path):
 import asyncio, sys
 from pathlib import Path
 from agent.api.server import Server
-from tests.integration.fake_daemon import FakeAgent, healthy_state
+from tests.integration.fake_daemon import EXPLAINED, FakeAgent, healthy_state
 
 async def main():
     path = Path(sys.argv[1])

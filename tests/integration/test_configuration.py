@@ -538,10 +538,12 @@ async def test_what_is_newer_when_the_lock_is_free_is_what_is_applied(site: Site
         cloud.want(A)
         await camera.quiet()
         assert_old(site, camera)
-        version = cloud.want(B)
+        assert "another change" in camera.configuration.state()["waits_for"]
+        cloud.want(B)
         await camera.quiet()
         camera.lock.release()
-        await camera.until("applied", version=version)
+        await camera.watching.wait()
+        await camera.quiet()
         assert_b(site, camera)
         assert camera.watched == 1
 

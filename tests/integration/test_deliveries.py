@@ -458,6 +458,12 @@ async def ask_as_nobody(path: Path, method: str, target: str, body: object = Non
 
 
 SECRET = {"camera": "rtsp://joe:hunter2@10.0.0.7/live", "upload": ["https://bucket/x?X-Amz-Signature=hunter2"]}
+NAMED = {"wifi": {"ssid": "north", "psk": "hunter2", "password": "hunter2"}, "api_key": "hunter2", "pass": "hunter2"}
+BELOW = {
+    "credentials": {"admin": {"of": ["hunter2"]}},
+    "cameras": [{"rtspPassword": "hunter2"}],
+    "passphrase": "hunter2",
+}
 
 
 @needs_root
@@ -481,20 +487,33 @@ async def test_an_outsider_confirms_nothing_and_learns_no_secrets(folder: Path):
             )
             assert (status, answer["error"]["code"]) == (403, "forbidden"), "whether there is such a target or not"
         assert camera.deliveries.listing()["pipeline"]["confirmed"] is False
-        for target in ("/v1/config/targets", "/v1/config/targets/pipeline", FOLLOW):
-            status, answer = await ask_as_nobody(camera.path, "GET", target)
-            assert status == 200
-            assert "hunter2" not in json.dumps(answer)
-            assert answer.get("redacted", False) is (target != "/v1/config/targets")
+        for document in (SECRET, NAMED, BELOW, {"password": "hunter2"}):
+            camera.deliveries.offer("pipeline", document, "trial")
+            for target in ("/v1/config/targets", "/v1/config/targets/pipeline", FOLLOW):
+                status, answer = await ask_as_nobody(camera.path, "GET", target)
+                assert status == 200
+                assert "hunter2" not in json.dumps(answer)
+                assert answer.get("redacted", False) is (target != "/v1/config/targets")
+                assert answer.get("digest", digest(document)) == digest(document)
+
+
+@needs_root
+async def test_what_is_no_secret_is_told_to_an_outsider(folder: Path):
+    document = {"wifi": {"ssid": "north", "psk": "hunter2"}, "private_key_file": "/etc/p.pem", "tokens": 5, "pin": 4}
+    async with running(folder, users=("capture",)) as camera:
+        camera.deliveries.offer("pipeline", document, "applied")
+        answer = (await ask_as_nobody(camera.path, "GET", "/v1/config/targets/pipeline"))[1]
+        assert answer["document"] == {**document, "wifi": {"ssid": "north", "psk": "[redacted]"}}
 
 
 @needs_root
 async def test_who_may_confirm_gets_the_document_as_it_is(camera: Camera):
-    camera.deliveries.offer("pipeline", SECRET, "trial")
-    for target in ("/v1/config/targets/pipeline", FOLLOW):
-        status, answer = await ask_as_nobody(camera.path, "GET", target)
-        assert (status, answer["document"], "redacted" in answer) == (200, SECRET, False)
-        assert digest(answer["document"]) == answer["digest"]
+    for document in (NAMED, SECRET):
+        camera.deliveries.offer("pipeline", document, "trial")
+        for target in ("/v1/config/targets/pipeline", FOLLOW):
+            status, answer = await ask_as_nobody(camera.path, "GET", target)
+            assert (status, answer["document"], "redacted" in answer) == (200, document, False)
+            assert digest(answer["document"]) == answer["digest"]
     camera.deliveries.offer("lights", SECRET, "trial")
     assert (await ask_as_nobody(camera.path, "GET", "/v1/config/targets/lights"))[1]["redacted"] is True
     async with camera.follower() as stream:

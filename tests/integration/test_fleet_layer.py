@@ -63,7 +63,8 @@ async def test_a_job_sets_what_the_shadow_leaves_open_and_what_it_sets_goes_befo
         version = cloud.want({"targets": {"pipeline": {"fps": 9}}})
         await camera.until("applied", version=version)
         assert document(site) == {"fps": 9, "gain": 2}
-        await run(job(2, targets={"pipeline": {"fps": 6, "gain": 3}}))
+        told = (await run(job(2, targets={"pipeline": {"fps": 6, "gain": 3}})))["message"]
+        assert told.endswith("but for /targets/pipeline/fps: the camera's own shadow sets it otherwise")
         assert document(site) == {"fps": 9, "gain": 3}
         told = camera.configuration.explain("targets.pipeline.fps")
         assert (told["value"], told["origin"]) == (9, f"shadow version {version}")

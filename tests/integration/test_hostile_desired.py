@@ -521,3 +521,22 @@ async def test_documents_of_8100_to_8200_bytes(tmp_path: Path, request: pytest.F
     finally:
         await run.camera.stop()
     print(f"{tried} sizes tried")
+
+
+async def test_plans_beside_changes_spoil_neither(tmp_path: Path) -> None:
+    """A plan writes a candidate file too, while a job's own is judged, and while the target's file is written."""
+    run, tried = Run(tmp_path), 0
+    await run.start()
+    try:
+        configuration = run.camera.configuration
+        for number in range(20):
+            patch = {"targets": {"lens": {"n": number}, "pipeline": {"n": number}}}
+            change = asyncio.create_task(configuration.set_fleet(f"J-{number}/1", patch))
+            while not change.done():
+                found = await asyncio.gather(*(configuration.judge_fleet(patch) for _ in range(2)))
+                assert [problems for problems, _ in found] == [[], []]
+                tried += 2
+            assert (await change).state == "applied"
+    finally:
+        await run.camera.stop()
+    print(f"{tried} plans beside 20 changes tried")

@@ -1,5 +1,6 @@
 """Judging a trial: what passes was well without a break, what fails early did harm for long."""
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -7,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.capture.comparison import judging_s
+from agent.capture.reference import GRACE_S, JUDGED_INTERVALS
 from agent.updates import gate as gates
-from agent.updates.gate import LONGEST_GAP_S, Check, Gate, Seen, Terms, harmful_after_s, judge
+from agent.updates.gate import LONGEST_GAP_S, Check, ConfigurationGate, Gate, Seen, Terms, harmful_after_s, judge
+from tests.unit.test_reference import Camera
 
 TERMS = Terms(started=100.0, stable_for_s=20, deadline_s=120)
 HARMFUL_S = harmful_after_s(TERMS.stable_for_s)
@@ -62,6 +66,9 @@ class Images:
 
     def compare(self, reference, since, least_share):
         return self.verdict
+
+    def judging_s(self, reference, intervals):
+        return 30 + 10 * max(intervals)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,74 @@ def test_a_failing_probe_has_until_the_deadline():
     assert (at, verdict.code) == (220, "probe_failed")
     assert "exit status 3" in verdict.reasons[0]
     assert play([(1, [probe(i > 90)]) for i in range(200)])[1].passed
+
+
+def test_what_could_not_be_said_in_time_says_what_to_do():
+    waiting = Check("images", None, "front: too few", "capture_worse", late="give it more time")
+    at, verdict, _ = play([(1, [waiting])] * 200)
+    assert (at, verdict.code) == (220, "deadline")
+    assert verdict.reasons[0] == "front: too few"
+    assert verdict.reasons[-1] == "give it more time"
+    assert "give it more time" not in play([(1, [waiting])] * 50)[1].reasons, "only at the end"
+
+
+def trial_of(interval_s, deadline_s, *, start_s=20.0, stable_for_s=60.0):
+    """A camera with an image every `interval_s` that is restarted by a change and is well, judged every 5 s."""
+    camera = Camera(interval_s)
+    camera.deliver(60)
+    reference, since = camera.reference(), camera.now
+    terms, seen, verdict = Terms(since, stable_for_s, deadline_s), Seen(), None
+    delivered = since + start_s
+    while verdict is None or verdict.passed is None:
+        look = camera.now + 5
+        while delivered + interval_s <= look:
+            camera.now = delivered
+            camera.deliver(1)
+            delivered = camera.now
+        camera.now = look
+        found = camera.compare(reference, since)
+        ok = None if found.waiting else found.ok
+        check = Check("images", ok, "; ".join(found.reasons), "capture_worse", harmful_after_s(stable_for_s))
+        seen, verdict = judge(seen, [check], camera.now, terms)
+    return verdict, judging_s({"front": reference}, [interval_s])
+
+
+SLOW = [1.0, 7.0, 30.0, 60.0, 300.0, 1800.0]
+
+
+def test_a_camera_of_any_pace_passes_a_trial_with_the_time_that_the_judging_takes():
+    for interval_s, start_s in itertools.product(SLOW, (0.0, 25.0)):
+        time_s = GRACE_S + JUDGED_INTERVALS * interval_s
+        verdict, judging = trial_of(interval_s, 3 * 60 + 60 + time_s, start_s=start_s)
+        assert judging == pytest.approx(time_s, rel=0.1)
+        assert verdict.passed, (interval_s, start_s, verdict)
+    print(f"{2 * len(SLOW)} trials of slow cameras tried")
+
+
+def test_a_slow_camera_fails_a_trial_without_it_and_is_told_why():
+    verdict, _ = trial_of(60.0, 3 * 60 + 60)
+    assert verdict.passed is False
+    assert "too few to tell the rate: one every 60 s is told 300 s after the first" in verdict.reasons[0]
+
+
+async def test_the_gate_tells_how_long_it_takes_by_what_it_saw_before():
+    gate = Gate(None, Images(), lambda: False)
+    assert gate.judging_s(await gate.baseline(), [60.0]) == 630
+    assert gate.judging_s({"capture": None}, [60.0]) == 0
+    blind = ConfigurationGate(Gate(None, None, lambda: False))
+    assert blind.judging_s(await blind.reference(), [60.0]) == 0
+
+
+async def test_too_few_images_until_the_deadline_say_what_to_do():
+    images_after = Images()
+    images_after.verdict = SimpleNamespace(
+        assessed=0, ok=False, waiting=True, reasons=["front: too few"], judged="rate"
+    )
+    gate = Gate(None, images_after, lambda: False)
+    verdict = await gate.watch(await gate.baseline(), since=time.monotonic(), stable_for_s=0.05, deadline_s=0.1)
+    assert (verdict.passed, verdict.code, verdict.harm) == (False, "deadline", False)
+    assert "config.trial_s" in verdict.reasons[-1]
+    assert "interval_s" in verdict.reasons[-1]
 
 
 def test_unknown_is_not_well():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.capture import kept
-from agent.capture.comparison import Comparison, compare_source, join
+from agent.capture.comparison import Comparison, compare_source, join, judging_s
 from agent.capture.image_quality import REGIONS, Measures
 from agent.capture.reference import HISTORY_SAMPLES, Baseline, History
 from agent.settings import Capture
@@ -51,7 +52,13 @@ class Camera:
         )
         return document
 
-    def compare(self, reference: dict[str, Any], since: float, interval_s: float | None = None) -> Comparison:
+    def compare(
+        self,
+        reference: dict[str, Any],
+        since: float,
+        interval_s: float | None = None,
+        settings: Capture = Capture(),  # noqa: B008
+    ) -> Comparison:
         return compare_source(
             "front",
             reference,
@@ -59,7 +66,7 @@ class Camera:
             since=since,
             now=self.now,
             interval_s=interval_s or self.interval_s,
-            settings=Capture(),
+            settings=settings,
         )
 
 
@@ -154,6 +161,61 @@ def test_spoiled_pictures_are_seen_and_named(picture: Measures, word: str) -> No
     assert not verdict.ok
     assert not verdict.waiting
     assert word in verdict.reasons[0]
+
+
+SETTINGS = {
+    "blur_drop": (0.01, 0.1, 0.25, 0.26, 1.0, 5.0),
+    "dark_luma": (0.0, 27.0, 28.0, 29.0, 130.0, 219.0, 220.0, 255.0),
+}
+
+
+@pytest.mark.parametrize(("picture", "word"), [(measures(sharpness=0.2), "blurred"), (measures(p99=20), "dark")])
+def test_no_setting_makes_the_gate_laxer_than_the_defaults(picture: Measures, word: str) -> None:
+    tried = list(itertools.product(*SETTINGS.values()))
+    for values in tried:
+        camera, reference, since = after_a_minute()
+        camera.deliver(10, picture)
+        chosen = Capture.model_validate(dict(zip(SETTINGS, values, strict=True)))
+        verdict = camera.compare(reference, since, settings=chosen)
+        assert not verdict.ok, (chosen, verdict)
+        assert word in verdict.reasons[0], chosen
+    print(f"{len(tried)} pairs of thresholds tried")
+
+
+def test_a_stricter_setting_counts() -> None:
+    camera, reference, since = after_a_minute()
+    camera.deliver(10, measures(sharpness=0.35, p99=130))
+    assert camera.compare(reference, since).ok
+    assert "blurred" in camera.compare(reference, since, settings=Capture(blur_drop=0.1)).reasons[0]
+    assert "dark" in camera.compare(reference, since, settings=Capture(dark_luma=140)).reasons[0]
+
+
+def test_how_long_the_judging_takes_at_most() -> None:
+    source = {"interval_s": 1.0, "rate_hz": 1.0, "flowing": True}
+    assert judging_s({}, [60.0]) == 0
+    assert judging_s({"front": source | {"silent": True}}, [60.0]) == 0
+    assert judging_s({"front": source}, []) == 40
+    assert judging_s({"front": source | {"interval_s": 0.1, "rate_hz": 10.0}}, []) == 35
+    assert judging_s({"front": source}, [1.0, 60.0]) == 630
+    assert judging_s({"front": source | {"rate_hz": 0.02}, "rear": source}, [1.0]) == 530
+    assert judging_s({"front": source | {"rate_hz": 0.0, "flowing": False}}, [10.0]) == 130
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.02, 3600), st.floats(0, 30), st.floats(0.85, 1.15), st.booleans())
+def test_images_that_are_well_are_judged_in_that_time(
+    interval_s: float, start_s: float, pace: float, enough_before: bool
+) -> None:
+    camera = Camera(interval_s)
+    camera.deliver(60 if enough_before else 12)
+    reference, since = camera.reference(), camera.now
+    end = since + judging_s({"front": reference}, [interval_s])
+    camera.now += start_s
+    while camera.now + interval_s * pace <= end:
+        camera.deliver(1, every_s=interval_s * pace)
+    camera.now = end
+    verdict = camera.compare(reference, since)
+    assert verdict.ok, verdict
 
 
 def test_some_odd_pictures_do_not_decide_and_the_latest_count() -> None:

@@ -93,7 +93,8 @@ class Configure:
             told.cancel()
             await asyncio.wait({told})
         if outcome.state == "applied":
-            return {"message": "the configuration is in force and has proven itself"}
+            hidden = f"; but for {_words(outcome.problems)}" if outcome.problems else ""
+            return {"message": f"the configuration is in force and has proven itself{hidden}"}
         code = outcome.problems[0].code
         if outcome.state == "rejected":
             if code == "cancelled":

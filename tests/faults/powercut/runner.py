@@ -127,6 +127,8 @@ class Runner:
         _, saw = self._boot(place, prepare=True)
         if saw:
             raise RuntimeError("\n".join(saw))
+        if moved := getattr(self._scenario, "moved", None):
+            moved(self._template, self._place.folder)
 
     def _count(self) -> list[tuple[str, str]]:
         """A run without a cut: all that changed, with the labels."""

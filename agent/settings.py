@@ -186,11 +186,11 @@ class Updates(Section):
     """What may be updated."""
     rate_limits: Annotated[list[RateLimit], Remote()] = []
     """Caps on downloads by hour; where several hold, the lowest."""
-    apply_lock_max_s: Annotated[float, Field(ge=1, le=604_800)] = 3600
-    """Longest time for which the lock against switching can be taken at once, in seconds."""
+    apply_lock_max_s: float = Field(3600, ge=1, le=604_800, json_schema_extra=unit("s"))
+    """Longest time for which the lock against switching can be taken at once."""
     apply_lock_users: list[str] = []
     """System users, besides those who may write to the local API, that may hold the lock against switching."""
-    min_battery_percent: Annotated[float, Field(ge=0, le=100)] = 30
+    min_battery_percent: float = Field(30, ge=0, le=100, json_schema_extra=unit("%"))
     """On battery below this charge a camera waits before it switches; cameras without a battery are not asked."""
     package_shadow: bool = True
     """Report the versions that run in the shadow `$package`, which AWS IoT's software package catalog reads."""
@@ -250,7 +250,7 @@ class Config(Section):
     """Remote configuration through the shadow `config`."""
 
     trial_s: float = Field(60, ge=1, le=3600, json_schema_extra=unit("s"))
-    """How long images must keep flowing before a new configuration stays."""
+    """How long images must keep flowing before a new configuration stays; where they are rare, judging them takes longer."""
     connectivity_trial_s: float = Field(300, ge=1, le=3600, json_schema_extra=unit("s"))
     """The same for keys that the connection depends on."""
     targets: dict[Name, ConfigTarget] = {}
@@ -281,9 +281,9 @@ class Capture(Section):
     slow_ratio: Annotated[float, Remote()] = Field(0.9, ge=0.01, le=1, json_schema_extra=unit("ratio"))
     """`capture.slow` is raised below this share of the expected images."""
     dark_luma: Annotated[float, Remote()] = Field(28, ge=0, le=255, json_schema_extra=unit("luma 0-255"))
-    """`image.dark` is raised when the brightest hundredth of the image is at or below this."""
+    """`image.dark` is raised when the brightest hundredth of the image is at or below this. The gate of updates and configurations never gets laxer than by the default."""
     blur_drop: Annotated[float, Remote()] = Field(0.25, ge=0.01, le=5, json_schema_extra=unit("log ratio"))
-    """`image.blurred` is raised when sharpness falls by more than this against the camera's own reference."""
+    """`image.blurred` is raised when sharpness falls by more than this against the camera's own reference. The gate of updates and configurations never gets laxer than by the default."""
     sources: dict[Name, CaptureSource] = {}
     """The cameras' folders."""
 

@@ -308,7 +308,11 @@ class Configuration:
     def _told(self, asked: Request, outcome: Outcome) -> Outcome:
         """With what of it is not in force, because the camera's own shadow sets it otherwise."""
         shadow = wishes.leaves(self._keeper.kept.good.shadow.desired.as_json())
-        hidden = [path for path, value in wishes.leaves(asked.patch).items() if value is not None and value != shadow.get(path, value)]
+        hidden = [
+            path
+            for path, value in wishes.leaves(asked.patch).items()
+            if value is not None and value != shadow.get(path, value)
+        ]
         words = "the camera's own shadow sets it otherwise"
         notes = [Problem(wishes.pointer(*path), words, "overridden") for path in hidden]
         return outcome if outcome.state != "applied" else replace(outcome, problems=tuple(wishes.few(notes)))

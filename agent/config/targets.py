@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import signal
 import stat
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from agent.config import schema_check
 from agent.config.desired import Problem, pointer
 from agent.config.formats import FormatError, render
+from agent.config.places import Place, opened, placed, status
 from agent.errors import FailedError, RefusedError
 from agent.host import processes
 from agent.host.files import fsync_folder, write_atomic
@@ -40,8 +39,6 @@ NEW_FILE_MODE = 0o644
 MAX_KEPT_BYTES = 2**20
 MAX_ANSWER_BYTES = 2**20
 TOO_LARGE = "{} is above 1 MiB, too large to keep for a revert"
-MAX_LINKS = 40
-FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class UnitState(Protocol):
@@ -90,10 +87,10 @@ async def read(target: ConfigTarget) -> bytes | None:
 
     def content() -> bytes | None:
         try:
-            with _placed(path) as place:
-                if _status(place.file) is None:
+            with placed(path) as place:
+                if status(place.file) is None:
                     return None
-                with _opened(place.file) as file:
+                with opened(place.file) as file:
                     return file.read(MAX_KEPT_BYTES + 1)
         except FileNotFoundError:
             return None
@@ -112,8 +109,8 @@ async def put(target: ConfigTarget, content: bytes | None) -> None:
     path = _path(target)
 
     def place() -> None:
-        with _placed(path) as place:
-            before = _status(place.file)
+        with placed(path) as place:
+            before = status(place.file)
             if content is not None:
                 write_atomic(place.file, content, NEW_FILE_MODE)
             elif before:
@@ -151,7 +148,7 @@ def remove_leftovers(target: ConfigTarget) -> None:
     if target.path is None:
         return
     _remove_candidate(target.path)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _placed(target.path) as place:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), placed(target.path) as place:
         place.file.with_name(f".{place.file.name}.new").unlink(missing_ok=True)
 
 
@@ -161,111 +158,8 @@ def _path(target: ConfigTarget) -> Path:
     return target.path
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a file really is: `real` to be told, `file` by way of its folder, held open whatever is put in the way of it."""
-
-    real: Path
-    file: Path
-
-
-@contextlib.contextmanager
-def _placed(path: Path) -> Iterator[_Place]:
-    """The place of the file at `path`: a linked file is replaced where it is, and the link stays. Raises OSError."""
-    folder, real = _walk(path)
-    try:
-        yield _Place(real, Path(f"/proc/self/fd/{folder}", real.name))
-    finally:
-        os.close(folder)
-
-
-def _walk(path: Path) -> tuple[int, Path]:
-    """The folder that a file is in, opened, and the file's path without links. Raises OSError."""
-    left, real, links = [*reversed(path.parts[1:])], Path("/"), 0
-    folder = os.open("/", FOLDER)
-    try:
-        while left:
-            name = left.pop()
-            leads_to = _link(name, folder, real / name, path)
-            if leads_to:
-                links += 1
-                if links > MAX_LINKS:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                left += [part for part in reversed(Path(leads_to).parts) if part != "/"]
-                step, real = ("/", Path("/")) if leads_to.startswith("/") else (".", real)
-            elif left or name == "..":
-                step, real = name, real.parent if name == ".." else real / name
-            else:
-                return folder, real / name
-            folder = _enter(step, folder, real)
-        raise OSError(errno.EISDIR, "is a directory, not a regular file")
-    except BaseException:
-        os.close(folder)
-        raise
-
-
-def _link(name: str, folder: int, where: Path, path: Path) -> str:
-    """What `name` in the open `folder` leads to, empty when it is no link.
-
-    Only links that root or the agent's own user made are followed: whoever else may write somewhere on the way could lead
-    the agent to a file that is not theirs, such as its own key. Raises OSError.
-    """
-    try:
-        found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
-    except FileNotFoundError:
-        return ""
-    try:
-        status = os.fstat(found)
-        if not stat.S_ISLNK(status.st_mode):
-            return ""
-        if status.st_uid not in (0, os.geteuid()):
-            words = "" if where == path else f"leads through {where}, which "
-            raise OSError(errno.ELOOP, f"{words}is a link that another user made")
-        return os.readlink("", dir_fd=found)
-    finally:
-        os.close(found)
-
-
-def _enter(name: str, folder: int, where: Path) -> int:
-    """Open another folder, seen from `folder`, in its place. Raises OSError, which names `where`."""
-    try:
-        entered = os.open(name, FOLDER, dir_fd=folder)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(where)) from None
-    os.close(folder)
-    return entered
-
-
-def _opened(file: Path) -> IO[bytes]:
-    """The regular file, for reading. Raises OSError."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
-    try:
-        _check_kind(os.fstat(descriptor))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
-
-
 def _candidate(real: Path) -> Path:
     return real.with_name(f".candidate-{real.name}")
-
-
-def _status(file: Path) -> os.stat_result | None:
-    """The regular file's status, None where there is nothing. Opens nothing; raises OSError for what is no regular file."""
-    try:
-        found = file.lstat()
-    except FileNotFoundError:
-        return None
-    _check_kind(found)
-    return found
-
-
-def _check_kind(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
-        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise OSError(errno.EINVAL, f"is {kind}, not a regular file")
 
 
 async def _try_out(name: str, target: ConfigTarget, path: Path, content: bytes, timeout_s: float) -> list[Problem]:
@@ -286,8 +180,8 @@ async def _try_out(name: str, target: ConfigTarget, path: Path, content: bytes, 
 def _place_candidate(path: Path, content: bytes) -> Path:
     """Write the candidate, with the owner and mode that the file has; its path. Raises FailedError for what speaks against it."""
     try:
-        with _placed(path) as place:
-            before = _status(place.file)
+        with placed(path) as place:
+            before = status(place.file)
             if before:
                 _check_original(place, before)
             _write_candidate(place, content, before)
@@ -298,17 +192,17 @@ def _place_candidate(path: Path, content: bytes) -> Path:
         raise FailedError("target_unwritable", f"{path} {error.strerror}") from None
 
 
-def _check_original(place: _Place, before: os.stat_result) -> None:
+def _check_original(place: Place, before: os.stat_result) -> None:
     if before.st_size > MAX_KEPT_BYTES:
         raise FailedError("target_unreadable", TOO_LARGE.format(place.real))
     try:
-        _opened(place.file).close()
+        opened(place.file).close()
     except PermissionError:
         words = f"{place.real} can't be read by the agent, which keeps its content for a revert"
         raise FailedError("target_unreadable", words) from None
 
 
-def _write_candidate(place: _Place, content: bytes, before: os.stat_result | None) -> None:
+def _write_candidate(place: Place, content: bytes, before: os.stat_result | None) -> None:
     candidate = _candidate(place.file)
     try:
         candidate.unlink(missing_ok=True)
@@ -348,7 +242,7 @@ def _clear_away(name: str, path: Path) -> None:
 
 def _remove_candidate(path: Path) -> None:
     """And nothing else: the file itself may be being written."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _placed(path) as place:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), placed(path) as place:
         candidate = _candidate(place.file)
         for each in (candidate, candidate.with_name(f".{candidate.name}.new")):
             each.unlink(missing_ok=True)

@@ -140,6 +140,7 @@ class Changes:
         except StoreError:
             await self._put_back(trial, touched)
             raise
+        log.warning("a configuration trial was interrupted", then=trial.phase, attempts=trial.attempts)
         await self._carry_out(trial, candidate, touched, problems)
 
     async def settle(self) -> None:
@@ -150,8 +151,14 @@ class Changes:
             return
         failed = await self._components.put_back(due)
         owed = {name: content for name, content in kept.owed.items() if name in failed}
-        if owed != kept.owed:
-            await self._keeper.keep(replace(kept, owed=owed))
+        if owed == kept.owed:
+            return
+        done = {owed_problem(name).pointer for name in kept.owed.keys() - owed.keys()}
+        refused = kept.refused
+        if refused:
+            left = [each for each in refused.problems if each.code != "revert_failed" or each.pointer not in done]
+            refused = replace(refused, problems=tuple(left))
+        await self._keeper.keep(replace(kept, owed=owed, refused=refused))
 
     async def _still_owed(self, names: Iterable[str]) -> list[Problem]:
         if any(name in self._keeper.kept.owed for name in names):

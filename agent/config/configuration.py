@@ -266,7 +266,6 @@ class Configuration:
             await leave_old_places(self._keeper, self._components)
             if trial := self._keeper.kept.trial:
                 trial = trials.after_restart(trial, self._now(), self._boot_id or "")
-                log.warning("a configuration trial was interrupted", then=trial.phase, attempts=trial.attempts)
                 await self._changes.resume(trial)
         finally:
             self._lock.release()

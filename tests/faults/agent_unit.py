@@ -52,10 +52,12 @@ Notifier.ready = lambda self: (ready(self), os._exit(1))
 """
 NOT_ONLINE = """
 from agent import settings_file
-validate = settings_file.validate
-def wrong(document, *rest):
-    return validate({**document, "cloud": {**document["cloud"], "port": 9}}, *rest)
-settings_file.validate = wrong
+read = settings_file.read_site
+def wrong(path):
+    site = read(path)
+    document = {**site.document, "cloud": {**site.document["cloud"], "port": 9}}
+    return settings_file.Site(site.text, document, settings_file.validate(document, str(path)))
+settings_file.read_site = wrong
 """
 VERSIONS: Mapping[str, Mapping[str, str]] = {
     "good": {},

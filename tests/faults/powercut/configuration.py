@@ -518,8 +518,7 @@ def stick(place: Place) -> None:
 
 def stuck_of(kept: Kept) -> list[str]:
     """The targets of which the agent says that it could not put them back."""
-    problems = [problem for ended in (kept.refused, kept.outcome) if ended for problem in ended.problems]
-    return [problem.pointer.removeprefix("/targets/") for problem in problems if problem.code == "revert_failed"]
+    return list(kept.owed)
 
 
 def expected_stuck(world: World) -> set[str]:

@@ -17,7 +17,7 @@ from agent.config import trial as trials
 from agent.config.apply import Components
 from agent.config.desired import Candidate, Marks, Plan, Problem, pointer
 from agent.config.layers import InForce
-from agent.config.records import Keeper, Note, Outcome, Refused
+from agent.config.records import Keeper, Note, Outcome, Refused, owed_problem
 from agent.config.request import Request
 from agent.config.trial import Trial
 from agent.errors import AgentError, CloudError, FailedError, StoreError
@@ -291,7 +291,19 @@ class Changes:
         self.good = candidate.settings
         await self._keeper.keep(records.without_stale_originals(ended), Note("applied", trial.version, _by(trial)))
         self._components.offer(trial.desired.targets)
+        await self._wake_up()
         log.info("configuration applied", version=trial.version, job=trial.job)
+
+    async def _wake_up(self) -> None:
+        """Put in force what slept while the trial was made, and goes with agent.toml by now."""
+        agent = {"agent": self._keeper.fitted.desired.agent}
+        candidate, _ = wishes.validate(self._camera.site, agent, self._camera.remote)
+        if candidate and candidate.settings != self.good:
+            self.good = candidate.settings
+            try:
+                await self._components.put_settings(self.good)
+            except AgentError as error:
+                log.exception("the stored configuration can't be put in force", code=error.code, reason=error.message)
 
     async def _put_back(self, trial: Trial, touched: set[str]) -> dict[str, Problem]:
         names = [name for name in trial.changed if name in touched and name in self._components.targets]
@@ -316,12 +328,6 @@ class Changes:
         self._components.offer(self._keeper.fitted.desired.targets)
         errors = [problem.as_json() for problem in reasons]
         log.warning("configuration reverted", version=trial.version, job=trial.job, errors=errors)
-
-
-def owed_problem(name: str) -> Problem:
-    """That a target has not got back what it had."""
-    words = "what was there before could not be put back yet; it is tried again"
-    return Problem(pointer("targets", name), words, "revert_failed")
 
 
 def _intervals(*settings: Settings) -> list[float]:

@@ -19,14 +19,14 @@ from agent.config import desired as wishes
 from agent.config import layers, origins, reported, targets
 from agent.config import trial as trials
 from agent.config.apply import Components
-from agent.config.changes import Camera, Changes, Gate, no_reboot, no_reconnect, owed_problem
+from agent.config.changes import Camera, Changes, Gate, no_reboot, no_reconnect
 from agent.config.deliveries import Deliveries
 from agent.config.desired import Candidate, Desired, Marks, Plan, Problem
-from agent.config.fitting import awake
+from agent.config.fitting import to_try
 from agent.config.layers import InForce
 from agent.config.moved import leave_old_places
 from agent.config.patience import Hold, Patience, unheld
-from agent.config.records import Keeper, Note, Outcome, Refused
+from agent.config.records import Keeper, Note, Outcome, Refused, status
 from agent.config.reporting import Reporter, ShadowService
 from agent.config.request import Request
 from agent.config.targets import Units
@@ -199,10 +199,10 @@ class Configuration:
         self, patch: Mapping[str, Any], *, whole: bool = False
     ) -> tuple[Sequence[Problem], list[str]]:
         """What is wrong with such a change, and what it would do, in words; nothing is touched."""
-        in_force, problems = self._with_fleet("plan", patch, whole=whole)
+        in_force, problems = layers.with_fleet(self._keeper.kept.good, "plan", patch, self._now(), whole=whole)
         if problems:
             return problems, []
-        _, plan, problems = await self._judge(self._awake(in_force, job=True))
+        _, plan, problems = await self._judge(to_try(in_force, self._keeper.dormant, by_job=True))
         return problems, wishes.words(plan) if plan and not problems else []
 
     def _on_cancel(self, asked: Request) -> None:
@@ -216,18 +216,7 @@ class Configuration:
 
         `job` where a job's change is on trial; `waits_for` in words where a change has to wait.
         """
-        kept = self._keeper.kept
-        name, version, problems = "applied", kept.good.version, tuple(self._keeper.problems)
-        if kept.trial:
-            name, version, problems = "trial", kept.trial.version, kept.trial.problems
-        elif kept.refused:
-            name, version, problems = kept.refused.state, kept.refused.version, kept.refused.problems
-        said = {(problem.pointer, problem.code) for problem in problems}
-        owed = [problem for problem in map(owed_problem, kept.owed) if (problem.pointer, problem.code) not in said]
-        problems = tuple(wishes.few([*problems, *owed]))
-        state = {"state": name, "desired_version": version, "errors": [problem.as_json() for problem in problems]}
-        if kept.trial and kept.trial.job:
-            state["job"] = kept.trial.job
+        state = status(self._keeper.kept, self._keeper.problems)
         return state | ({"waits_for": self._patience.waits_for} if self._patience.waits_for else {})
 
     def wanted(self) -> dict[str, Any]:
@@ -286,12 +275,14 @@ class Configuration:
             await self._carry_out(asked)
 
     async def _carry_out(self, asked: Request) -> None:
-        in_force, problems = self._with_fleet(asked.job, asked.patch, whole=asked.whole)
+        in_force, problems = layers.with_fleet(
+            self._keeper.kept.good, asked.job, asked.patch, self._now(), whole=asked.whole
+        )
         if in_force.digest == self._keeper.kept.good.digest and not (problems or self._keeper.out_of_place):
-            asked.answer(self._told(asked, Outcome(asked.job, asked.digest, "applied")))
+            asked.answer(asked.told(Outcome(asked.job, asked.digest, "applied"), self._keeper.kept.good))
             return
         if not problems:
-            candidate, plan, problems = await self._judge(self._awake(in_force, job=True))
+            candidate, plan, problems = await self._judge(to_try(in_force, self._keeper.dormant, by_job=True))
             if candidate and plan and not problems:
                 began = await self._begin(in_force, candidate, plan, asked)
                 if began is None:
@@ -302,27 +293,7 @@ class Configuration:
         if problems:
             asked.reject(*problems)
         elif outcome := self._keeper.kept.outcome:
-            asked.answer(self._told(asked, outcome))
-
-    def _told(self, asked: Request, outcome: Outcome) -> Outcome:
-        """With what of it is not in force, because the camera's own shadow sets it otherwise."""
-        shadow = wishes.leaves(self._keeper.kept.good.shadow.desired.as_json())
-        hidden = [
-            path
-            for path, value in wishes.leaves(asked.patch).items()
-            if value is not None and value != shadow.get(path, value)
-        ]
-        words = "the camera's own shadow sets it otherwise"
-        notes = [Problem(wishes.pointer(*path), words, "overridden") for path in hidden]
-        return outcome if outcome.state != "applied" else replace(outcome, problems=tuple(wishes.few(notes)))
-
-    def _with_fleet(self, job: str, patch: Mapping[str, Any], *, whole: bool) -> tuple[InForce, list[Problem]]:
-        """What would be in force with another fleet layer."""
-        good = self._keeper.kept.good
-        document = layers.patched(Desired() if whole else good.fleet.desired, patch)
-        wanted, problems = wishes.parse(document)
-        fleet = good.fleet.revised(wanted, f"job {job.partition('/')[0]}", self._now())
-        return replace(good, fleet=fleet), problems
+            asked.answer(asked.told(outcome, self._keeper.kept.good))
 
     # ---- following the shadow --------------------------------------------------------------------------------------
 
@@ -363,7 +334,7 @@ class Configuration:
         if malformed:
             await self._reject(digest, version, malformed)
             return True
-        candidate, plan, problems = await self._judge(self._awake(in_force, job=False))
+        candidate, plan, problems = await self._judge(to_try(in_force, self._keeper.dormant, by_job=False))
         if candidate and plan and not problems:
             began = await self._begin(in_force, candidate, plan)
             if began is None:
@@ -386,12 +357,6 @@ class Configuration:
             await self._keeper.keep(replace(self._keeper.kept, refused=refused), note)
 
     # ---- both ------------------------------------------------------------------------------------------------------
-
-    def _awake(self, in_force: InForce, *, job: bool) -> Desired:
-        """What is to be tried: stored values that don't go with agent.toml are left out, unless who proposes has set them."""
-        dormant = self._keeper.dormant
-        shadow = awake(in_force.shadow, dormant.shadow) if job else in_force.shadow
-        return replace(in_force, fleet=awake(in_force.fleet, dormant.fleet), shadow=shadow).desired
 
     async def _judge(self, desired: Desired) -> tuple[Candidate | None, Plan | None, list[Problem]]:
         """Whether this may be tried, and what it would change."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.config import desired as wishes
-from agent.config.desired import Marks, Problem, leaves, pointer
+from agent.config.desired import Desired, Marks, Problem, leaves, pointer
 from agent.config.layers import InForce, Layer
 
 ROUNDS = 8
@@ -41,6 +41,12 @@ def fit(in_force: InForce, site: Mapping[str, Any], remote: Marks) -> tuple[InFo
 def dormant(whole: InForce, fitted: InForce) -> Dormant:
     """What `fit` left out."""
     return Dormant(_missing(whole.fleet, fitted.fleet), _missing(whole.shadow, fitted.shadow))
+
+
+def to_try(in_force: InForce, sleeping: Dormant, *, by_job: bool) -> Desired:
+    """The document of a proposal: what sleeps is left out, unless who proposes, a job or the shadow, has set it anew."""
+    shadow = awake(in_force.shadow, sleeping.shadow) if by_job else in_force.shadow
+    return replace(in_force, fleet=awake(in_force.fleet, sleeping.fleet), shadow=shadow).desired
 
 
 def awake(layer: Layer, sleeping: Mapping[str, Any]) -> Layer:

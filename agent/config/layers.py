@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent.config.desired import Desired, KeyPath, digest, is_table, leaves, merge, pointer
+from agent.config.desired import Desired, KeyPath, Problem, digest, is_table, leaves, merge, parse, pointer
 
 Since = tuple[str, float]
 """Who set a value, such as `shadow version 7` or `job J-1`, and when, in epoch seconds."""
@@ -98,6 +98,25 @@ def patched(desired: Desired, patch: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(document.get("agent"), dict):
         document["agent"] = _without_empty(document["agent"])
     return document
+
+
+def with_fleet(
+    good: InForce, job: str, patch: Mapping[str, Any], at: float, *, whole: bool
+) -> tuple[InForce, list[Problem]]:
+    """What would be in force once a job has patched the fleet layer, or with `whole` replaced it, and what is wrong with the patch."""
+    wanted, problems = parse(patched(Desired() if whole else good.fleet.desired, patch))
+    return replace(good, fleet=good.fleet.revised(wanted, f"job {job.partition('/')[0]}", at)), problems
+
+
+def hidden(patch: Mapping[str, Any], shadow: Layer) -> list[Problem]:
+    """Which values of a job's patch are not in force, because the camera's own shadow sets them otherwise."""
+    there = leaves(shadow.desired.as_json())
+    words = "the camera's own shadow sets it otherwise"
+    return [
+        Problem(pointer(*path), words, "overridden")
+        for path, value in leaves(patch).items()
+        if value is not None and value != there.get(path, value)
+    ]
 
 
 def _without_empty(tree: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:

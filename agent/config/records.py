@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from agent.config import layers
 from agent.config import trial as trials
 from agent.config.deliveries import Deliveries
-from agent.config.desired import Marks, Problem
+from agent.config.desired import Marks, Problem, few, pointer
 from agent.config.fitting import Dormant, dormant, fit
 from agent.config.layers import InForce
 from agent.config.trial import Trial
@@ -182,6 +182,29 @@ def without_stale_originals(kept: Kept) -> Kept:
         originals={name: content for name, content in kept.originals.items() if name in targets},
         placed={name: place for name, place in kept.placed.items() if name in targets},
     )
+
+
+def owed_problem(name: str) -> Problem:
+    """That a target has not got back what it had."""
+    words = "what was there before could not be put back yet; it is tried again"
+    return Problem(pointer("targets", name), words, "revert_failed")
+
+
+def status(kept: Kept, dormant: Sequence[Problem]) -> dict[str, Any]:
+    """How the configuration stands, for the shadow: `state`, `desired_version`, `errors`, and `job` where one's change is on trial.
+
+    `dormant` says what of it does not go with agent.toml.
+    """
+    name, version, problems = "applied", kept.good.version, list(dormant)
+    if kept.trial:
+        name, version, problems = "trial", kept.trial.version, list(kept.trial.problems)
+    elif kept.refused:
+        name, version, problems = kept.refused.state, kept.refused.version, list(kept.refused.problems)
+    said = {(problem.pointer, problem.code) for problem in problems}
+    problems += [problem for problem in map(owed_problem, kept.owed) if (problem.pointer, problem.code) not in said]
+    errors = [problem.as_json() for problem in few(problems)]
+    state = {"state": name, "desired_version": version, "errors": errors}
+    return state | ({"job": kept.trial.job} if kept.trial and kept.trial.job else {})
 
 
 def encode(content: bytes | None) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent.config.desired import Problem, digest
+from agent.config.desired import Problem, digest, few
+from agent.config.layers import InForce, hidden
 from agent.config.records import Outcome
 
 
@@ -39,6 +40,12 @@ class Request:
     def reject(self, *problems: Problem) -> None:
         """Say why nothing was done."""
         self.answer(Outcome(self.job, self.digest, "rejected", problems))
+
+    def told(self, outcome: Outcome, good: InForce) -> Outcome:
+        """`outcome` with what of it is not in force."""
+        if outcome.state != "applied":
+            return outcome
+        return replace(outcome, problems=tuple(few(hidden(self.patch, good.shadow))))
 
     @property
     def digest(self) -> str:

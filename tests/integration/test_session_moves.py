@@ -331,9 +331,10 @@ class TestMessages:
                 for number in range(1, 16):
                     send(5)
                     await asyncio.sleep(chance.choice((0, 0, 0.002, 0.01)))
+                    before = set(peer._live)
                     await session.restart_with(ways[number % 3])
                     send(5)  # while it is still connected over the old way, or not at all any more
-                    await peer.until(lambda: not peer.connections)
+                    await peer.until(lambda before=before: not before & set(peer._live))
                     send(5)
                     await connected(session)
                     assert session.link.session_present

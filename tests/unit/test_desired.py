@@ -333,7 +333,7 @@ def trial(**changes: Any) -> Trial:
     )
     values: dict[str, Any] = {
         "candidate": InForce(4, Layer({}, {}, {}), shadow), "applied": shadow.desired.as_json(), "job": "",
-        "job_digest": "", "judging_s": 0.0, "changed": ("pipeline",),
+        "job_digest": "", "judging_s": 0.0, "where": "", "changed": ("pipeline",),
         "previous": {"pipeline": None}, "gated": True, "connectivity": False, "reboots": False, "stable_for_s": 60.0,
         "reach_within_s": 0.0, "reference": {"front": {"rate": 1}}, "started": 1000.0, "boot_id": "one",
     }  # fmt: skip

@@ -428,7 +428,11 @@ async def test_poison_is_put_into_quarantine_with_a_real_session(store, tmp_path
         await put(outbox, kind="poison")
         for _ in range(4):
             await put(outbox)
-        async with connected.running(session), running(outbox), asyncio.timeout(60):
+        async with (
+            connected.running(session),
+            running(outbox),
+            asyncio.timeout(140),
+        ):  # an unanswered message costs 60 s
             while (await outbox.status())["quarantined"] == 0 or (await outbox.status())["messages"] > 1:
                 await asyncio.sleep(0.05)
             await session.wait_connected()

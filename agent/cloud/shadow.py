@@ -91,9 +91,10 @@ class ShadowClient:
         """Call `callback(version, state)` on the event loop with all outstanding differences.
 
         Deltas not newer than what was seen already are left out, and those that a report of ours brings about; to know
-        them, one that comes while a report is under way is looked at after its answer. The same difference may come again under a newer version. A deleted shadow is told as version 0 without differences; one
-        made anew may count from the start. After every connect a get() is needed too, since a message may have been
-        missed, and after a version that is lower than expected.
+        them, one that comes while a report is under way is looked at after its answer. The same difference may come again
+        under a newer version. A deleted shadow is told as version 0 without differences; one made anew may count from the
+        start. After every connect a get() is needed too, since a message may have been missed, and after a version that is
+        lower than expected.
         """
 
         def handle(_: str, payload: bytes) -> None:

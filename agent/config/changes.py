@@ -288,8 +288,8 @@ class Changes:
             refused=kept.refused if trial.job else None,
             outcome=Outcome(trial.job, trial.job_digest, "applied") if trial.job else kept.outcome,
         )
-        self.good = candidate.settings
         await self._keeper.keep(records.without_stale_originals(ended), Note("applied", trial.version, _by(trial)))
+        self.good = candidate.settings
         self._components.offer(trial.desired.targets)
         await self._wake_up()
         log.info("configuration applied", version=trial.version, job=trial.job)

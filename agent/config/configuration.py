@@ -54,9 +54,9 @@ class Configuration:
 
     `apply_agent` puts new settings in force; `mutation_lock` is held while something is applied or on trial, so that an
     update and a configuration never overlap; `hold` says what a change with a trial, named by its argument, has to wait for;
-    `online` says whether the cloud is reached, `connected_with` whether by just these settings; `on_change` is called, on the loop, when `state()` may have changed. For
-    `reconnect` and `reboot` see changes.Camera. `settle_s`, `refresh_s`, `remote`, `now` (epoch s) and `boot_id` are the
-    usual ones unless given.
+    `online` says whether the cloud is reached, `connected_with` whether by just these settings; `on_change` is called, on
+    the loop, when `state()` may have changed. For `reconnect` and `reboot` see changes.Camera. `settle_s`, `refresh_s`,
+    `remote`, `now` (epoch s) and `boot_id` are the usual ones unless given.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Configuration:
         now: Callable[[], float] = time.time,
         boot_id: str | None = None,
     ) -> None:
-        self._site, self._settings, self._gate = site, settings, gate
+        self._site, self._settings = site, settings
         self._lock, self._hold, self._on_change = mutation_lock, hold, on_change
         self._online, self._connected_with = online, connected_with
         self._settle_s, self._refresh_s, self._remote = settle_s, refresh_s, remote

@@ -331,28 +331,32 @@ async def test_a_target_that_is_changed_in_agent_toml_during_its_trial_is_taken_
 
 
 @pytest.mark.parametrize("by", ["shadow", "job"])
-async def test_a_disk_that_is_full_during_a_trial_leaves_what_was_proven(by: str, site: Site) -> None:
+@pytest.mark.parametrize("reasons", [["dark"], []], ids=["bad", "good"])
+async def test_a_disk_that_is_full_during_a_trial_leaves_what_was_proven(
+    by: str, reasons: list[str], site: Site
+) -> None:
     cloud = ShadowCloud()
     async with running(site, cloud) as camera:
         await camera.until("applied")
         camera.release = asyncio.Event()
-        asked = job(targets={"pipeline": {"fps": 2}})
+        change = {"agent": {"telemetry": {"interval_s": 10}}, "targets": {"pipeline": {"fps": 2}}}
         if by == "job":
-            task = asyncio.create_task(operation(camera).run(asked))
+            task = asyncio.create_task(operation(camera).run(job(**change)))
         else:
-            cloud.want({"targets": {"pipeline": {"fps": 2}}})
+            cloud.want(change)
         await camera.watching.wait()
-        assert document(site) == {"fps": 2}
-        camera.verdict = lambda: ["dark"]
+        assert (document(site), camera.interval_s) == ({"fps": 2}, 10)
+        camera.verdict = lambda: reasons
         camera.full = True
         camera.release.set()
         await asyncio.wait({camera.task})
         assert isinstance(camera.task.exception(), StoreError)
-        assert site.pipeline.read_bytes() == OWN
+        assert (site.pipeline.read_bytes(), camera.interval_s) == (OWN, 60)
         for _ in range(3):  # as the supervisor does
             with pytest.raises(StoreError):
                 await camera.configuration.run()
-            assert site.pipeline.read_bytes() == OWN
+            assert (site.pipeline.read_bytes(), camera.interval_s) == (OWN, 60)
+        camera.verdict = lambda: ["dark"]
         camera.full = False
         camera.task = asyncio.create_task(camera.configuration.run())
         if by == "job":
